@@ -88,7 +88,8 @@ class Checkpoint:
             return None
         arrays, header = store.read(self.path)
         if header.get("kind") != self.KIND:
-            raise CheckpointMismatchError(f"checkpoint {self.path} is not a checkpoint of iterate but {header.get('kind', 'a file of another kind')!r}; "
+            kind = header.get("kind", "a file of another kind")
+            raise CheckpointMismatchError(f"checkpoint {self.path} is not a checkpoint of iterate but {kind!r}; "
                                           "name another file, it was left as it is")
         if header.get("run") != self.run:
             raise CheckpointMismatchError(f"checkpoint {self.path} belongs to another run: problem, method, x0, key, runs, record and every must be "

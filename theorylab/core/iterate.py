@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ import numpy as np
 from theorylab import runtime
 from theorylab.core import kernel, tree
 from theorylab.core.driver import Clock, Run, drive
-from theorylab.core.kernel import Carry, Rows
+from theorylab.core.kernel import Carry, Recorded
 from theorylab.core.keys import Key, as_key, run_keys
 from theorylab.core.problem import Method, Problem
 from theorylab.core.progress import Progress, resolve
@@ -25,7 +26,7 @@ from theorylab.core.stop import Never, Stop
 from theorylab.errors import ArgumentError, NonFiniteError, NotConvergedError, RunWarning, ShapeError
 
 ROW_BUFFER_BYTES = 2**20
-MAX_SLOTS = 1024
+MAX_SLOTS = 8192
 
 
 def iterate(
@@ -151,7 +152,7 @@ def _check(problem: Any, method: Any, steps: Any, every: Any, keep: str, runs: A
     if stop is not None and not isinstance(stop, Stop):
         raise ArgumentError(f"stop must be a stop rule such as Below('gap', 1e-6), got {stop!r}")
     for name, number, low in (("steps", steps, 0), ("every", every, 1), ("runs", runs, 1)):
-        if number is None and name == "runs" or isinstance(number, jax.core.Tracer):
+        if (number is None and name == "runs") or isinstance(number, jax.core.Tracer):
             continue
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < low:
             raise ArgumentError(f"{name} must be a whole number of at least {low}, got {number!r}")
@@ -234,7 +235,7 @@ def _in_graph(run: Run, scan: bool) -> Solution:
     return Solution(kernel.value_of(start.arrays, carry.state, static=start.static, runs=run.runs), status, carry.ended, history)
 
 
-def _last_row(rows: Rows) -> Rows:
+def _last_row(rows: Recorded) -> Recorded:
     """The last valid row of each lane of a full history."""
     valid = rows.valid
     at = valid.shape[0] - 1 - jnp.argmax(valid[::-1], axis=0)
@@ -243,7 +244,7 @@ def _last_row(rows: Rows) -> Rows:
         index = at.reshape((1, *at.shape) + (1,) * (column.ndim - valid.ndim))
         return jnp.take_along_axis(column, index, axis=0)
 
-    return Rows(jax.tree.map(pick, rows.columns), rows.step[-1:], valid.any(axis=0)[None], jnp.minimum(rows.filled, 1))
+    return Recorded(jax.tree.map(pick, rows.columns), rows.step[-1:], valid.any(axis=0)[None], jnp.minimum(rows.filled, 1))
 
 
 def _on_host(run: Run, data: Any, seconds: float | None, progress: Progress, checkpoint: Any, settings: dict) -> Solution:
@@ -307,11 +308,11 @@ def _finish(solution: Solution, stop: Stop | None, runs: int | None, every: int,
     """Raise for a single run that ended badly; warn once for a batch."""
     if runs is None:
         if throw and solution.status == Status.NONFINITE:
-            raise NonFiniteError(f"NaN or infinity appeared within {every} step{'s' * (every > 1)} after step {solution.steps}; the method most likely "
-                                 "diverges: try a smaller step size. The last finite iterate is in .solution.value", solution)
+            raise NonFiniteError(f"NaN or infinity appeared within {every} step{'s' * (every > 1)} after step {solution.steps}; the method most "
+                                 "likely diverges: try a smaller step size. The last finite iterate is in .solution.value", solution)
         if throw and solution.status == Status.MAX_STEPS:
-            raise NotConvergedError(f"the stop rule {stop!r} was not met within {solution.steps} steps{_reached(solution, stop)}; allow more steps or "
-                                    "a looser rule, or pass throw=False. The partial result is in .solution", solution)
+            raise NotConvergedError(f"the stop rule {_words(stop)} was not met within {solution.steps} steps{_reached(solution, stop)}; allow more "
+                                    "steps or a looser rule, or pass throw=False. The partial result is in .solution", solution)
         return solution
     bad = {name: n for name, n in count_statuses(solution.status).items() if not Status[name].good}
     if bad:
@@ -325,6 +326,14 @@ def _reached(solution: Solution, stop: Any) -> str:
     names = [rule.name for rule in _rules(stop) if hasattr(rule, "name")]
     seen = [f"{name} = {np.max(np.asarray(solution.history.last(name))):.3g}" for name in dict.fromkeys(names)]
     return f" ({', '.join(seen)} at the end)" if seen else ""
+
+
+def _words(stop: Any) -> str:
+    """The rule as a user writes it, with its numbers."""
+    if hasattr(stop, "first"):
+        return f"{_words(stop.first)} {'&' if type(stop).__name__ == 'And' else '|'} {_words(stop.second)}"
+    fields = [getattr(stop, f.name) for f in dataclasses.fields(stop)]
+    return f"{type(stop).__name__}({', '.join(repr(v) if isinstance(v, str) else f'{float(v):g}' for v in fields)})"
 
 
 def _rules(stop: Any) -> Iterable[Any]:

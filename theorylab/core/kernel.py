@@ -72,7 +72,7 @@ class Carry(NamedTuple):
     key: Array
 
 
-class Rows(NamedTuple):
+class Recorded(NamedTuple):
     """A buffer of recorded rows: the first `filled` are meant."""
 
     columns: dict[str, Array]
@@ -94,6 +94,13 @@ def measure(problem: Any, method: Any, record: Callable | None, state: PyTree) -
                 raise ArgumentError(f"{source} repeats the name {name!r}: every recorded name must be used once (step and seconds are taken)")
             row[name] = jnp.asarray(value)
     return tree.strong(row)
+
+
+def healthy(problem: Any, method: Any, state: PyTree) -> Array:
+    """Whether the iterate is finite and nothing else in the state is NaN: an infinite "best so far" is no divergence."""
+    value = tree.inexact_leaves(method.value(problem, state))
+    rest = [a for a in tree.inexact_leaves(state) if not any(a is b for b in value)]
+    return jnp.stack([jnp.asarray(True), *(jnp.isfinite(a).all() for a in value), *(~jnp.isnan(a).any() for a in rest)]).all()
 
 
 def _lanes(runs: int | None) -> Callable:
@@ -121,7 +128,7 @@ def begin(arrays: list[Array], key: Array, x0: PyTree, batch: PyTree, *, static:
         state = tree.strong(over(lambda x, k: method.init(seen, x, key=stream(k, "init")))(x0, key))
         row = over(lambda s: measure(problem, method, record, s))(state)
         memory, hit = over(lambda r: stop(stop.init(r), r))(row)
-        good = over(tree.finite)(state)
+        good = over(lambda s: healthy(problem, method, s))(state)
         status = jnp.where(good, jnp.where(hit, _code(Status.CONVERGED), _code(Status.RUNNING)), _code(Status.NONFINITE))
         zero = jnp.zeros((), jnp.int32)
         carry = Carry(state, tree.strong(memory), zero, jnp.zeros_like(status), status, key)
@@ -129,7 +136,8 @@ def begin(arrays: list[Array], key: Array, x0: PyTree, batch: PyTree, *, static:
     return parts, Kept(kept), carry, row, good
 
 
-def _slot(problem: Any, method: Any, stop: Any, record: Callable | None, runs: int | None, every: Array, max_steps: Array) -> tuple[Callable, Callable]:
+def _slot(problem: Any, method: Any, stop: Any, record: Callable | None, runs: int | None, every: Array,
+          max_steps: Array) -> tuple[Callable, Callable]:
     """The body shared by the loops: from a carry, `todo` steps, then a row, the stop test and the finite test."""
     over = _lanes(runs)
 
@@ -141,7 +149,7 @@ def _slot(problem: Any, method: Any, stop: Any, record: Callable | None, runs: i
         whole = now % every == 0
         full = whole | (now >= max_steps)
         memory, hit = over(stop)(carry.memory, row)
-        good = on & over(tree.finite)(state)
+        good = on & over(lambda s: healthy(problem, method, s))(state)
         live = jnp.where(full & hit, _code(Status.CONVERGED), jnp.where(now >= max_steps, _code(Status.MAX_STEPS), _code(Status.RUNNING)))
         status = jnp.where(on, jnp.where(good, live, _code(Status.NONFINITE)), carry.status)
         # The memory of the stop rule moves on whole slots only, so a run that is extended later tests what an uninterrupted one tests.
@@ -154,7 +162,7 @@ def _slot(problem: Any, method: Any, stop: Any, record: Callable | None, runs: i
 
 @partial(jax.jit, static_argnames=("static", "runs", "slots", "last"))
 def advance(arrays: list[Array], carry: Carry, until: Array, max_steps: Array, every: Array, block: PyTree, first: Array, *,
-            static: Static, runs: int | None, slots: int, last: bool) -> tuple[Carry, Rows]:
+            static: Static, runs: int | None, slots: int, last: bool) -> tuple[Carry, Recorded]:
     """Go to step `until`, or until no run is live, or until `slots` rows are full.
 
     A row is kept at every multiple of `every` and at `max_steps`; with `last` each row replaces the one before.
@@ -166,14 +174,14 @@ def advance(arrays: list[Array], carry: Carry, until: Array, max_steps: Array, e
 
     with jax.default_matmul_precision("highest"):
         shapes = jax.eval_shape(_lanes(runs)(lambda s: measure(problem, method, record, s)), carry.state)
-        rows = Rows(jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), shapes), jnp.zeros((slots,), jnp.int32),
+        rows = Recorded(jax.tree.map(lambda a: jnp.zeros((slots, *a.shape), a.dtype), shapes), jnp.zeros((slots,), jnp.int32),
                     jnp.zeros((slots, *carry.status.shape), bool), jnp.zeros((), jnp.int32))
 
-        def live(loop: tuple[Carry, Rows]) -> Array:
+        def live(loop: tuple[Carry, Recorded]) -> Array:
             carry, rows = loop
             return (last | (rows.filled < slots)) & (carry.step < until) & jnp.any(carry.status == Status.RUNNING)
 
-        def slot(loop: tuple[Carry, Rows]) -> tuple[Carry, Rows]:
+        def slot(loop: tuple[Carry, Recorded]) -> tuple[Carry, Recorded]:
             carry, rows = loop
             now = carry.step + jnp.minimum(every - carry.step % every, until - carry.step)
 
@@ -190,13 +198,13 @@ def advance(arrays: list[Array], carry: Carry, until: Array, max_steps: Array, e
                 good = rows.valid[0] | (good & full)
             filled = jnp.ones_like(at) if last else at + full.astype(jnp.int32)
             filled = jnp.where(full | (rows.filled > 0), filled, rows.filled)
-            return carry, Rows(jax.tree.map(put, rows.columns, row), put(rows.step, now), put(rows.valid, good), filled)
+            return carry, Recorded(jax.tree.map(put, rows.columns, row), put(rows.step, now), put(rows.valid, good), filled)
 
         return lax.while_loop(live, slot, (carry, rows))
 
 
 @partial(jax.jit, static_argnames=("static", "runs", "every", "steps"))
-def unrolled(arrays: list[Array], carry: Carry, *, static: Static, runs: int | None, every: int, steps: int) -> tuple[Carry, Rows]:
+def unrolled(arrays: list[Array], carry: Carry, *, static: Static, runs: int | None, every: int, steps: int) -> tuple[Carry, Recorded]:
     """The same run as a `scan`, for reverse mode: one state per slot is stored and the steps inside a slot are recomputed."""
     problem, method, stop, record = unbind(arrays, static)
     step, close = _slot(problem, method, stop, record, runs, jnp.asarray(every, jnp.int32), jnp.asarray(steps, jnp.int32))
@@ -216,7 +224,7 @@ def unrolled(arrays: list[Array], carry: Carry, *, static: Static, runs: int | N
 
     with jax.default_matmul_precision("highest"):
         carry, (columns, at, valid, ran) = lax.scan(slot, carry, None, length=-(-steps // every))
-    return carry, Rows(columns, at, valid, jnp.sum(ran, dtype=jnp.int32))
+    return carry, Recorded(columns, at, valid, jnp.sum(ran, dtype=jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("static", "runs"))
@@ -235,6 +243,7 @@ def describe_mismatch(problem: Any, method: Any, state: PyTree, key: Array) -> s
         return f"{type(method).__name__}.step returns a state of another structure than init: {after_def} instead of {before_def}"
     for (path, a), (_, b) in zip(before_leaves, after_leaves, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return (f"{type(method).__name__}.step changes state{jax.tree_util.keystr(path)} from {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}; "
+            leaf = f"state{jax.tree_util.keystr(path)}"
+            return (f"{type(method).__name__}.step changes {leaf} from {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}; "
                     "init and step must agree in shape and dtype")
     return None

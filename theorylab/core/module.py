@@ -93,12 +93,16 @@ def number(default: Any = _MISSING, *, above: float | None = None, low: float | 
     return _field(_as_number, _range_rule(above, low, high, below, finite), default, False, doc)
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number, np.ndarray)) or int(value) != value:
+        raise ArgumentError(f"expected a whole number, got {value!r}")
+    return int(value)
+
+
 def _as_count(value: Any) -> Any:
     if value is None or isinstance(value, jax.Array):
         return value
-    if isinstance(value, bool) or int(value) != value:
-        raise ArgumentError(f"expected a whole number, got {value!r}")
-    return jnp.asarray(int(value))
+    return jnp.asarray(_whole(value))
 
 
 def count(default: Any = _MISSING, *, low: int | None = 0, high: int | None = None, doc: str | None = None) -> Any:
@@ -109,9 +113,7 @@ def count(default: Any = _MISSING, *, low: int | None = 0, high: int | None = No
 def _as_size(value: Any) -> Any:
     if value is None:
         return value
-    if isinstance(value, bool) or int(value) != value:
-        raise ArgumentError(f"expected a whole number, got {value!r}")
-    return int(value)
+    return _whole(value)
 
 
 def size(default: Any = _MISSING, *, low: int | None = 1, high: int | None = None, doc: str | None = None) -> Any:

@@ -89,6 +89,10 @@ class Event(NamedTuple):
 class Flow(Module):
     """An ordinary differential equation y' = field(t, y)."""
 
+    def lift(self, y0: Any) -> Any:
+        """The initial state in the form that is integrated, with any leading axes; a state that has that form already is kept."""
+        return y0
+
     def field(self, t: Array, y: Any) -> Any:
         """Time derivative, with the structure of `y`."""
         raise NotImplementedError

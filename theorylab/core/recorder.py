@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from theorylab.core.kernel import Rows
+from theorylab.core.kernel import Recorded
 from theorylab.core.solution import History
 
 PyTree = Any
@@ -41,7 +41,7 @@ class Recorder:
     def _piece(columns: dict[str, np.ndarray], step: np.ndarray, valid: np.ndarray, seconds: np.ndarray) -> dict[str, np.ndarray]:
         return {**columns, "axis:step": step, "axis:valid": valid, "axis:seconds": seconds}
 
-    def add(self, rows: Rows, began: tuple[int, float], ended: tuple[int, float]) -> None:
+    def add(self, rows: Recorded, began: tuple[int, float], ended: tuple[int, float]) -> None:
         """Take the filled rows of one call that went from (step, seconds) to (step, seconds); times in between are interpolated."""
         filled = int(rows.filled)
         if filled == 0:
@@ -85,7 +85,7 @@ class Recorder:
                        {"step": step, "seconds": rows["axis:seconds"][live]}, valid)
 
 
-def traced_history(first: dict[str, jax.Array], valid: jax.Array, rows: Rows, cost: dict[str, float], last: bool) -> History:
+def traced_history(first: dict[str, jax.Array], valid: jax.Array, rows: Recorded, cost: dict[str, float], last: bool) -> History:
     """The history of an in-graph run: arrays of full length, NaN (0 for whole numbers) and step -1 where a row was not reached."""
     reached = jnp.arange(rows.step.shape[0], dtype=jnp.int32) < rows.filled
     live = rows.valid & reached.reshape(reached.shape + (1,) * (rows.valid.ndim - 1))

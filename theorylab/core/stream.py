@@ -25,6 +25,7 @@ A = TypeVar("A")
 BLOCK_BYTES = 64 * 2**20
 BLOCK_LENGTH = 256
 PATIENCE = 1.0                                      # seconds that `close` waits for a reader stuck in somebody's iterator
+_CONFIG: Any = jax.config
 
 
 class EndOfData(TheorylabError, IndexError):
@@ -98,7 +99,8 @@ def as_stream(data: Any) -> Stream:
     if isinstance(data, Stream):
         return data
     if isinstance(data, (np.ndarray, jax.Array, str, Path, Mapping)):
-        raise ArgumentError(f"data must be a stream or an iterable of batches, got {type(data).__name__}; Rows(data, batch_size) makes a stream of it")
+        raise ArgumentError(f"data must be a stream or an iterable of batches, got {type(data).__name__}; "
+                            "Rows(data, batch_size) makes a stream of an array or of a .npy file")
     if not isinstance(data, Iterable):
         raise ArgumentError(f"data must be a stream (per_pass and batch(step)) or an iterable of batches, got {type(data).__name__}")
     return Batches(data)
@@ -134,7 +136,7 @@ class BlockReader:
 
     def __init__(self, stream: Stream, steps: int | None = None):
         self._stream, self._steps = stream, steps
-        self._device = jax.config.jax_default_device
+        self._device = _CONFIG.jax_default_device            # a setting of the calling thread
         self._model: list[tuple[str, np.ndarray]] = []
         self._treedef: Any = None
         self._current: Block | None = None
@@ -154,7 +156,8 @@ class BlockReader:
         Raises:
             EndOfData: the stream is empty.
         """
-        return jax.tree.unflatten(self._treedef, [leaf for _, leaf in self._get_model()])
+        self._get_model()
+        return self._model_batch()
 
     def seek(self, step: int) -> None:
         """Begin at `step`; what was read ahead is dropped unless it begins there."""
@@ -209,11 +212,11 @@ class BlockReader:
         if not self._model:
             batch = self._ask(0)
             leaves, self._treedef = jax.tree_util.tree_flatten_with_path(batch)
-            model = [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves]
+            model = [(jax.tree_util.keystr(path) or "(the batch itself)", np.asarray(leaf)) for path, leaf in leaves]
             if not model:
                 raise ShapeError("data: batch 0 holds no arrays")
             for name, leaf in model:
-                _check_precision(f"data: leaf {name or '(the batch itself)'}", leaf.dtype)
+                _check_dtype(f"data: leaf {name}", leaf.dtype)
             self._model = model
         return self._model
 
@@ -249,10 +252,10 @@ class BlockReader:
             raise ShapeError(f"data: batch {step} has the structure {treedef}, and batch 0 had {self._treedef}")
         for (name, model), array, leaf in zip(self._model, arrays, map(np.asarray, leaves), strict=True):
             if leaf.shape != model.shape:
-                raise ShapeError(f"data: batch {step}, leaf {name or '(the batch itself)'} has shape {leaf.shape}, and in batch 0 it was {model.shape}; "
+                raise ShapeError(f"data: batch {step}, leaf {name} has shape {leaf.shape}, and in batch 0 it was {model.shape}; "
                                  "all batches must have one shape")
             if leaf.dtype != model.dtype:
-                raise PrecisionError(f"data: batch {step}, leaf {name or '(the batch itself)'} is {leaf.dtype}, and in batch 0 it was {model.dtype}")
+                raise PrecisionError(f"data: batch {step}, leaf {name} is {leaf.dtype}, and in batch 0 it was {model.dtype}")
             array[place] = leaf
 
 
@@ -312,7 +315,7 @@ def fold(update: Callable[[A, Any], A], stream: Any, initial: A, *, passes: int 
         raise ArgumentError(f"passes must be 1 for an iterator, which can be read once, got {passes}; use Rows")
     for path, leaf in jax.tree_util.tree_leaves_with_path(initial):
         if isinstance(leaf, np.ndarray):
-            _check_precision(f"initial{jax.tree_util.keystr(path)}", leaf.dtype)
+            _check_dtype(f"initial{jax.tree_util.keystr(path)}", leaf.dtype)
     total = tree.strong(jax.tree.map(jnp.asarray, initial))
     bar.start("fold", None if size is None else passes * size)
     try:
@@ -357,7 +360,9 @@ def _check_total(update: Callable, total: PyTree, batch: PyTree) -> None:
                              f"update gives {new.dtype}{list(new.shape)}")
 
 
-def _check_precision(name: str, dtype: Any) -> None:
-    if not jax.config.jax_enable_x64 and np.dtype(dtype).kind in "fiuc" and np.dtype(dtype).itemsize == (16 if np.dtype(dtype).kind == "c" else 8):
+def _check_dtype(name: str, dtype: np.dtype) -> None:
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_):
+        raise ArgumentError(f"{name} must hold numbers, got {dtype}")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise PrecisionError(f"{name} is {dtype} and 64-bit mode is off: store it in 32 bits, or unset the environment variable JAX_ENABLE_X64 "
                              "before theorylab is imported")

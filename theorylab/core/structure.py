@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import importlib
 import sys
 import warnings
@@ -97,7 +98,7 @@ def rebuild(described: Any, arrays: Mapping[str, Any], source: str) -> Any:
     """The value that `describe` saw. `source` is named in errors and warnings."""
     if not isinstance(described, dict):
         return described
-    again = lambda part: rebuild(part, arrays, source)  # noqa: E731  one word for the recursion below
+    again = functools.partial(rebuild, arrays=arrays, source=source)
     (kind, body), *_ = described.items()
     match kind:
         case "complex":

@@ -1,0 +1,153 @@
+"""`integrate` in segments: compiled calls of some save times each, with progress, checkpoint and Ctrl-C served in between."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from theorylab.core import checks, stepping, store
+from theorylab.core.checkpoint import fingerprint, like, to_numpy
+from theorylab.core.kernel import bind
+from theorylab.core.progress import Progress
+from theorylab.core.solution import Status
+from theorylab.core.stepping import Carry, Ended
+from theorylab.errors import CheckpointMismatchError
+
+PyTree = Any
+CALLS = 32
+KIND = "theorylab integrate checkpoint"
+
+
+class Plan(NamedTuple):
+    """What is asked for: the flow with what it records and the solver, the start, and the numbers of the run."""
+
+    whole: tuple[Any, Any, Any]
+    y0: PyTree
+    times: np.ndarray
+    numbers: np.ndarray
+    max_steps: int
+    runs: bool
+    fixed: bool
+
+
+class Watched(NamedTuple):
+    """What a run leaves: rows on the device, columns and ending on the host."""
+
+    value: PyTree
+    columns: dict[str, np.ndarray]
+    ended: Ended
+    times: np.ndarray
+    compile_seconds: float
+    run_seconds: float
+    calls: int
+
+
+def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str | Path | None) -> Watched:
+    """Run to the end or to Ctrl-C, `segment` save times a call.
+
+    Raises:
+        CheckpointMismatchError: the checkpoint is damaged or belongs to another run.
+    """
+    last = len(plan.times) - 1
+    length = max(1, -(-last // CALLS)) if segment is None else min(checks.whole("segment", segment, low=1), max(1, last))
+    began = time.perf_counter()
+    arrays, static = bind(plan.whole)
+    options = {"static": static, "runs": plan.runs, "fixed": plan.fixed}
+    limit = np.int32(plan.max_steps)
+
+    def call(carry: Carry, first: int, until: int) -> Any:
+        return jax.block_until_ready(stepping.advance(arrays, carry, plan.times, plan.numbers, np.int32(first), np.int32(until), limit, length=length,
+                                                      **options))
+
+    carry, columns = stepping.open_run(arrays, plan.y0, plan.times, plan.numbers, **options)
+    values, pieces, row = [jax.tree.map(lambda a: a[None], plan.y0)], [jax.device_get(columns)], 1
+    file = None
+    if checkpoint is not None:
+        file = _File(Path(checkpoint), fingerprint(plan.whole, plan.y0, plan.times, plan.numbers, plan.runs))
+        found = file.read(carry, values[0], columns)
+        if found is not None:
+            carry, values, pieces, row = found[0], [found[1]], [found[2]], found[3]
+    ended = jax.device_get(call(carry, row, 0)[3])  # compiles and takes no step
+    compiled = time.perf_counter()
+    calls, saved = 0, row
+    progress.start(type(plan.whole[0]).__name__, last)
+    progress.update(row - 1)
+    try:
+        while row <= last and (_live(ended)).any():
+            after, rows, columns, ended_after = call(carry, row, min(row + length, last + 1))
+            columns, ended_after = jax.device_get((columns, ended_after))
+            take = min(length, last + 1 - row)
+            values.append(jax.tree.map(lambda a: a[:take], rows))  # noqa: B023
+            pieces.append({name: column[:take] for name, column in columns.items()})
+            carry, ended, row, calls = after, ended_after, row + take, calls + 1
+            progress.update(row - 1, f"t = {plan.times[row - 1]:.6g}")
+            if file is not None and file.due():
+                file.write(carry, values, pieces, row)
+                saved = row
+    except KeyboardInterrupt:
+        pass  # the segments that were finished are the result; open lanes end as STOPPED
+    finally:
+        progress.close()
+        if file is not None and (saved != row or not file.path.exists()):
+            file.write(carry, values, pieces, row)
+    value, columns = _complete(plan, carry, values, pieces, row)
+    return Watched(value, columns, ended, plan.times, compiled - began, time.perf_counter() - compiled, calls)
+
+
+def _live(ended: Ended) -> np.ndarray:
+    """A lane that only waits for the next segment stands as STOPPED."""
+    return ended.status == Status.STOPPED
+
+
+def _complete(plan: Plan, carry: Carry, values: list[PyTree], pieces: list[dict], row: int) -> tuple[PyTree, dict[str, np.ndarray]]:
+    """All rows; those after the last segment repeat the last state, whose columns are masked later."""
+    missing = len(plan.times) - row
+    if missing:
+        values = [*values, jax.tree.map(lambda a: jnp.broadcast_to(a, (missing, *a.shape)), carry.y)]
+        pieces = [*pieces, {name: np.broadcast_to(column[-1:], (missing, *column.shape[1:])) for name, column in pieces[-1].items()}]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *values), {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+
+
+class _File:
+    """The checkpoint of one run: its carry, its rows and a fingerprint that refuses a foreign file."""
+
+    def __init__(self, path: Path, run: str):
+        self.path, self.run = path, run
+        self._saved_at, self._cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to write: at most one second in twenty goes into writing, and never more often than every two seconds."""
+        return time.monotonic() - self._saved_at > max(2.0, 20 * self._cost)
+
+    def write(self, carry: Carry, values: list[PyTree], pieces: list[dict], row: int) -> None:
+        began = time.monotonic()
+        arrays = {f"carry:{i}": to_numpy(leaf) for i, leaf in enumerate(jax.tree.leaves(carry))}
+        rows = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *values)
+        arrays |= {f"value:{i}": leaf for i, leaf in enumerate(jax.tree.leaves(rows))}
+        arrays |= {f"column:{name}": np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+        store.write(self.path, arrays, {"kind": KIND, "run": self.run, "row": row})
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - began
+
+    def read(self, carry: Carry, value: PyTree, columns: dict[str, Any]) -> tuple[Carry, PyTree, dict[str, np.ndarray], int] | None:
+        """Carry, rows, columns and next row; None if there is no file."""
+        if not self.path.exists():
+            return None
+        arrays, header = store.read(self.path)
+        if header.get("kind") != KIND or header.get("run") != self.run:
+            what = "was not written by integrate" if header.get("kind") != KIND else ("belongs to another run: flow, y0, times, rtol, atol, solver, step, "
+                                                                                        "collapse, record and runs must be those of the run that wrote it")
+            raise CheckpointMismatchError(f"checkpoint {self.path} {what}; pass them, or name another file. It was left as it is")
+        leaves, treedef = jax.tree.flatten(carry)
+        data = [arrays.get(f"carry:{i}") for i in range(len(leaves))]
+        if any(d is None or d.shape != np.shape(a) for d, a in zip(data, leaves, strict=True)) or any(f"column:{name}" not in arrays for name in columns):
+            raise CheckpointMismatchError(f"checkpoint {self.path} does not hold the state of this run; it was left as it is")
+        carry = jax.tree.unflatten(treedef, [like(a, d) for a, d in zip(leaves, data, strict=True) if d is not None])
+        states, shape = jax.tree.flatten(value)
+        rows = jax.tree.unflatten(shape, [like(a, arrays[f"value:{i}"]) for i, a in enumerate(states)])
+        return carry, rows, {name: arrays[f"column:{name}"] for name in columns}, int(header["row"])
