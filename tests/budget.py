@@ -16,7 +16,7 @@ import pytest
 FAMILIES = ("transformer_pde", "acvi", "stiefel", "hypergradient", "moe")
 SHARES = {
     "core and lab": 200.0,
-    **{family: 70.0 for family in FAMILIES},
+    **dict.fromkeys(FAMILIES, 70.0),
     **{f"{family} claims": 50.0 for family in FAMILIES},
     **{f"{family} figures": 40.0 for family in FAMILIES},
     "examples": 100.0,
@@ -139,6 +139,6 @@ def pytest_terminal_summary(terminalreporter):
             write(f"{value:>8.1f}  {nodeid}")
     if enforced():
         for name in exceeded(_seconds):
-            write(f"BUDGET EXCEEDED: {name} used {table[name]:.1f} CPU-s, more than {MARGIN} times its share of {SHARES[name]:.0f}; its slowest tests:")
+            write(f"BUDGET EXCEEDED: {name} used {table[name]:.1f} CPU-s, over {MARGIN} times its share of {SHARES[name]:.0f}; its slowest tests:")
             for value, nodeid in slowest(_seconds, name):
                 write(f"{value:>8.1f}  {nodeid}")

@@ -12,7 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-import tests.typecheck
+import tests.typecheck  # noqa: F401  (loaded before the hook below looks for it)
 
 install_import_hook("theorylab", "tests.typecheck.shapes")
 

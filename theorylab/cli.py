@@ -207,11 +207,11 @@ def _bench(arguments: argparse.Namespace) -> int:
             print(f"theorylab: {name} has no main(argv)", file=sys.stderr)
             continue
         try:
-            failed = failed or int(bool(module.main(forwarded)))
+            failed |= bool(module.main(forwarded))
         except Exception as error:
             failed = 1
             print(f"theorylab: {name} broke: {blame(error)}", file=sys.stderr)
-    return failed
+    return int(failed)
 
 
 def _info(arguments: argparse.Namespace) -> int:

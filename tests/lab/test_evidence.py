@@ -7,8 +7,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from theorylab.errors import ArgumentError, ClaimFailed, ShapeError
 from theorylab.lab.evidence import Check

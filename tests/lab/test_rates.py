@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from theorylab.errors import ArgumentError, NonFiniteInputError, ShapeError
 from theorylab.lab.rates import fit_rate

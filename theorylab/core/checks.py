@@ -97,15 +97,21 @@ def symmetric(name: str, value: Any, dim: int | None = None, *, batched: bool = 
     if known(value):
         host = np.asarray(value, np.dtype(matrix.dtype))
         gap = np.abs(host - np.swapaxes(host, -1, -2))
-        if gap.max() > ASYMMETRY_UNITS * np.finfo(host.dtype).eps * np.abs(host).max():
-            where = tuple(int(i) for i in np.unravel_index(np.argmax(gap), gap.shape))
+        excess = gap - ASYMMETRY_UNITS * np.finfo(host.dtype).eps * _largest(host)
+        if excess.max() > 0:
+            where = tuple(int(i) for i in np.unravel_index(np.argmax(excess), gap.shape))
             mirror = (*where[:-2], where[-1], where[-2])
             raise MatrixError(f"{name} must be symmetric, got {host[where]:.6g} at {where} and {host[mirror]:.6g} at {mirror}; "
                               f"pass ({name} + {name}.T) / 2 if the difference is noise")
     return matrix
 
 
-def _smallest_eigenvalue_above(host: np.ndarray, level: float) -> bool:
+def _largest(host: np.ndarray) -> np.ndarray:
+    """The largest magnitude in each matrix, with axes of length 1 in its place."""
+    return np.abs(host).max(axis=(-2, -1), keepdims=True)
+
+
+def _smallest_eigenvalue_above(host: np.ndarray, level: np.ndarray) -> bool:
     try:  # a Cholesky factor exists: ten times cheaper than the eigenvalues, which only the message needs
         np.linalg.cholesky(host - level * np.eye(host.shape[-1], dtype=host.dtype))
         return True
@@ -134,7 +140,7 @@ def definite(name: str, value: Any, dim: int | None = None, *, batched: bool = F
     matrix = symmetric(name, value, dim, batched=batched)
     if known(value):
         host = np.asarray(value, np.dtype(matrix.dtype))
-        if not _smallest_eigenvalue_above(host, host.shape[-1] * np.finfo(host.dtype).eps * np.abs(host).max()):
+        if not _smallest_eigenvalue_above(host, host.shape[-1] * np.finfo(host.dtype).eps * _largest(host)):
             low, high, which = _extremes(host)
             raise MatrixError(f"{name} must be positive definite, its smallest eigenvalue is {low:.3g} and its largest {high:.3g}{which}; "
                               f"add a ridge to {name} or drop rows")
@@ -150,10 +156,11 @@ def semidefinite(name: str, value: Any, dim: int | None = None, *, batched: bool
     matrix = symmetric(name, value, dim, batched=batched)
     if known(value):
         host = np.asarray(value, np.dtype(matrix.dtype))
-        slack = ROUND_OFF_UNITS * host.shape[-1] * np.finfo(host.dtype).eps * np.abs(host).max()
-        if slack > 0 and not _smallest_eigenvalue_above(host, -slack):
-            low, high, which = _extremes(host)
-            if low < -slack:
+        slack = ROUND_OFF_UNITS * host.shape[-1] * np.finfo(host.dtype).eps * _largest(host)
+        if not _smallest_eigenvalue_above(host, -slack):
+            low, high, which = _extremes(host / np.where(slack > 0, slack, 1))
+            if low < -1:
+                low, high = (v * float(slack.reshape(-1)[which[0]]) for v in (low, high))
                 raise MatrixError(f"{name} must be positive semidefinite, its smallest eigenvalue is {low:.3g} and its largest {high:.3g}{which}; "
                                   "project_psd gives the nearest such matrix")
     return matrix

@@ -200,7 +200,7 @@ def cg(operator: Any, b: PyTree, *, preconditioner: Any = None, x0: PyTree = Non
         operator: x -> A x on pytrees like b; or a matrix; or an object with such a method `mv`.
         b: array or pytree of arrays of one dtype.
         preconditioner: r -> z, close to the inverse of A; or a matrix; or a `Factored`.
-        x0: starting point, like b; zero unless given.
+        x0: starting point, like b; zero unless given, and zero where that has the smaller residual.
         tolerance: relative: stops when $|b - A x| \le \mathrm{tolerance} \cdot |b|$; the root of round-off unless given.
         max_steps: ten times the number of unknowns unless given.
 
@@ -219,28 +219,30 @@ def cg(operator: Any, b: PyTree, *, preconditioner: Any = None, x0: PyTree = Non
     checks.same_dtype(**{f"b leaf {i}": leaf for i, leaf in enumerate(leaves)})
     dtype = leaves[0].dtype
     tolerance = float(jnp.finfo(dtype).eps) ** 0.5 if tolerance is None else checks.tolerance("tolerance", tolerance, dtype)
-    max_steps = 10 * sum(leaf.size for leaf in leaves) if max_steps is None else checks.real("max_steps", max_steps, low=1)
+    max_steps = 10 * sum(leaf.size for leaf in leaves) if max_steps is None else _limit(max_steps)
     apply, precondition = _as_map("operator", operator, b), _as_map("preconditioner", preconditioner, b)
     for name, like in (("operator(b)", jax.eval_shape(apply, b)), ("preconditioner(b)", jax.eval_shape(precondition, b))):
         _check_like(name, like, b)
-    rhs = b
     if x0 is not None:
         x0 = lax.stop_gradient(jax.tree.map(lambda leaf: checks.array("x0", leaf), x0))
         _check_like("x0", x0, b)
-        rhs = jax.tree.map(jnp.subtract, b, apply(x0))
-    limit, target = jnp.asarray(max_steps, jnp.int32), jnp.asarray(tolerance, dtype)
+    limit, relative = jnp.asarray(max_steps, jnp.int32), jnp.asarray(tolerance, dtype)
 
-    def solve(matvec: Callable, pair: tuple[PyTree, Array]) -> tuple[tuple[PyTree, Array], tuple[Array, Array, Array]]:
-        rhs, scale = pair
-        scale = jnp.where(scale > 0, scale, _norm(rhs))
-        value, residual, steps, status = _iterate(lambda p: matvec((p, jnp.zeros((), dtype)))[0], precondition, rhs, target * scale, limit)
-        return (value, scale), (residual, steps, status)
+    def solve(matvec: Callable, rhs: PyTree) -> tuple[PyTree, tuple[Array, Array, Array]]:
+        zero = jax.tree.map(jnp.zeros_like, rhs)
+        start, left, length = zero, rhs, _norm(rhs)
+        if x0 is not None:  # the tangent and adjoint systems come here too; for them zero is the better start
+            nearer = jax.tree.map(jnp.subtract, rhs, matvec(x0))
+            start, left = tree.select(_norm(nearer) < length, (x0, nearer), (zero, rhs))
+        value, *rest = _iterate(matvec, precondition, rhs, start, left, relative * length, limit)
+        return value, tuple(rest)
 
-    # The norm of b travels with the right-hand side: the system for x - x0 stops at a tolerance relative to b, while in the
-    # tangent and adjoint systems, which start at zero, its tangent is zero and they stop relative to their own right-hand side.
-    (value, _), (residual, steps, status) = lax.custom_linear_solve(
-        lambda pair: (apply(pair[0]), pair[1]), (rhs, lax.stop_gradient(_norm(b))), solve, symmetric=True, has_aux=True)
-    return CGResult(value if x0 is None else jax.tree.map(jnp.add, x0, value), residual, steps, status)
+    value, (residual, steps, status) = lax.custom_linear_solve(apply, b, solve, symmetric=True, has_aux=True)
+    return CGResult(value, residual, steps, status)
+
+
+def _limit(max_steps: Any) -> Any:
+    return checks.whole("max_steps", max_steps, low=1) if checks.known(max_steps) else max_steps
 
 
 def _as_map(name: str, operator: Any, b: PyTree) -> Callable[[PyTree], PyTree]:
@@ -291,8 +293,8 @@ class _State(NamedTuple):
     status: Array
 
 
-def _iterate(apply: Callable, precondition: Callable, rhs: PyTree, target: Array, limit: Array) -> tuple[PyTree, Array, Array, Array]:
-    """Conjugate gradients from zero, restarted from the computed residual while that helps."""
+def _iterate(apply: Callable, precondition: Callable, rhs: PyTree, x0: PyTree, r0: PyTree, target: Array, limit: Array) -> tuple[PyTree, ...]:
+    """Conjugate gradients from x0 with residual r0, restarted from the computed residual while that helps."""
     codes = {s: jnp.asarray(int(s), jnp.int32) for s in Status}
 
     def restart(x: PyTree, r: PyTree, steps: Array) -> _State:
@@ -329,6 +331,6 @@ def _iterate(apply: Callable, precondition: Callable, rhs: PyTree, target: Array
         status = jnp.where(failed & (status != Status.CONVERGED), end.status, status)
         return fresh._replace(status=status), fresh.length
 
-    start = restart(jax.tree.map(jnp.zeros_like, rhs), rhs, jnp.zeros((), jnp.int32))
+    start = restart(x0, r0, jnp.zeros((), jnp.int32))
     end, residual = lax.while_loop(lambda c: c[0].status == Status.RUNNING, round_, (start, start.length))
     return end.x, residual, end.steps, end.status

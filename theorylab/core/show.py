@@ -35,6 +35,8 @@ def number_text(value: Any, digits: int = 4) -> str:
         return f"{value:.{digits}g}"
     if isinstance(value, (float, np.floating)):
         size = abs(float(value))
+        if 10**digits <= size < 1e6:
+            return f"{float(value):.0f}"
         plain = not np.isfinite(size) or size == 0 or 1e-3 <= size < 1e6
         return f"{float(value):.{digits}g}" if plain else f"{float(value):.{digits - 1}e}"
     return "" if value is None else str(value)
@@ -201,13 +203,17 @@ def _draw(ax: Any, across: np.ndarray, lines: np.ndarray, label: str) -> None:
 
 
 def held(lines: np.ndarray) -> np.ndarray:
-    """Columns with axes (row, run) in which a run that has ended keeps its last value.
+    """A column with axes (row, run) in which a run that has ended, or overflows, keeps its last finite value.
+
+    Runs without a finite value in the first row are left out, unless all are.
 
     Example:
         >>> held(np.array([[1.0, 4.0], [np.nan, 3.0]])).tolist()
         [[1.0, 4.0], [1.0, 3.0]]
     """
-    rows = np.where(np.isnan(lines), 0, np.arange(len(lines))[:, None])
+    began = np.isfinite(lines[0])
+    lines = lines[:, began] if began.any() else np.zeros((len(lines), 1)) * np.nan
+    rows = np.where(np.isfinite(lines), np.arange(len(lines))[:, None], 0)
     return np.take_along_axis(lines, np.maximum.accumulate(rows, axis=0), axis=0)
 
 

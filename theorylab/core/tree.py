@@ -34,6 +34,12 @@ def norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(inner(tree, tree))
 
 
+def finite(tree: PyTree) -> jax.Array:
+    """Whether every floating-point entry is finite; a scalar boolean array."""
+    tests = [jnp.isfinite(a).all() for a in inexact_leaves(tree)]
+    return jnp.stack(tests).all() if tests else jnp.asarray(True)
+
+
 def select(where: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where `where` holds, else `old`; `where` has the leading axes of the leaves. Leaves that are not arrays come from `new`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import textwrap
@@ -21,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from theorylab.core import checkpoint, store
 from theorylab.core.keys import run_key
 from theorylab.core.progress import Progress
-from theorylab.errors import ArgumentError, CheckpointMismatchError, StorageError
+from theorylab.errors import ArgumentError, CheckpointMismatchError, PrecisionError, StorageError
 
 PyTree = Any
 KIND = "theorylab sweep block"
@@ -79,6 +80,9 @@ def traced(tree: PyTree) -> PyTree:
     """Numbers and NumPy arrays become JAX arrays, Python numbers weakly typed ones; bools, strings and functions stay static."""
 
     def convert(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise PrecisionError(f"params holds a {leaf.dtype} array and 64-bit mode is off: convert it, or unset the environment variable "
+                                 "JAX_ENABLE_X64 before theorylab is imported")
         number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
         return jnp.asarray(leaf) if number or isinstance(leaf, (np.ndarray, np.generic)) else leaf
 
@@ -177,7 +181,8 @@ def _function(run: Any) -> tuple[str, str]:
     if not inspect.isfunction(function):            # an object that can be called
         bound, function = run, type(run)
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _filled(cell)]
-    bindings = checkpoint.fingerprint(held, getattr(function, "__defaults__", None), None if isinstance(bound, type(os)) else bound)
+    data = [value for value in (*held, bound) if not inspect.ismodule(value)]                # a module's text holds a path
+    bindings = checkpoint.fingerprint(data, getattr(function, "__defaults__", None))
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):                    # typed at a prompt, or compiled: the byte code stands for it
@@ -298,11 +303,11 @@ Jobs = Sequence[tuple[Plan, int]]
 
 
 def _local(todo: Jobs) -> Iterator[tuple[Plan, int, dict[str, np.ndarray]]]:
-    mesh, ready = local_mesh(), (None, None)
-    for plan, block in todo:
-        if ready[0] is not plan:
-            ready = (plan, placed(plan.task, mesh))
-        yield plan, block, compute(ready[1], mesh, block * plan.chunk, plan.count(block), min(plan.chunk, plan.total))
+    mesh = local_mesh()
+    for plan, group in itertools.groupby(todo, key=lambda job: job[0]):
+        task = placed(plan.task, mesh)
+        for _, block in group:
+            yield plan, block, compute(task, mesh, block * plan.chunk, plan.count(block), min(plan.chunk, plan.total))
 
 
 def _remote(todo: Jobs, client: Any) -> Iterator[tuple[Plan, int, dict[str, np.ndarray]]]:

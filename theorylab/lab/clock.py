@@ -32,6 +32,12 @@ class Stopwatch:
         seconds: wall time, compiling included.
         cpu_seconds: processor time of this process, all threads.
         compile_seconds: wall time during which JAX was tracing or compiling.
+
+    Example:
+        >>> with Stopwatch() as watch:
+        ...     total = sum(range(1000))
+        >>> 0 < watch.seconds < 1
+        True
     """
 
     seconds: float = 0.0

@@ -144,6 +144,19 @@ def compare(problem: Problem, methods: Mapping[str, Method], *, axis: str = "sec
     Raises:
         ArgumentError: `methods` is empty or holds something else, or a method does not report `axis`; the message names it and its axes.
         UnknownNameError: no method reports `metric`.
+
+    Example:
+        >>> class Parabola(tl.Problem):
+        ...     def start(self, key): return jnp.ones(2)
+        ...     def metrics(self, x): return {"residual": jnp.linalg.norm(x)}
+        >>> class Descent(tl.Method):
+        ...     step_size: object = tl.number()
+        ...     def init(self, problem, x0, *, key): return x0
+        ...     def step(self, problem, x, *, key): return x - self.step_size * x
+        ...     def value(self, problem, x): return x
+        >>> table = compare(Parabola(), {"short": Descent(0.1), "long": Descent(0.5)}, steps=100, stop=tl.Below("residual", 1e-6), axis="step")
+        >>> [(row["method"], row["status"], row["steps"]) for row in table.rows()]
+        [('short', 'MAX_STEPS', 100), ('long', 'CONVERGED', 21)]
     """
     if not isinstance(methods, Mapping) or not methods:
         raise ArgumentError(f"methods must be a dictionary of methods by name, got {type(methods).__name__}{' without entries' * (methods == {})}")

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import io
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
-from theorylab import runtime
 from theorylab.core.progress import Progress, resolve
-from theorylab.core.show import html_table, seconds_text, text_table
+from theorylab.core.show import html_table, text_table
 from theorylab.errors import ArgumentError, StorageError, UnknownNameError
 from theorylab.lab.claims import matches
-from theorylab.lab.clock import Stopwatch
-from theorylab.lab.evidence import Check, Row
-from theorylab.lab.files import blame, checkout_folder, jsonable, load_module, to_json, write_atomic
-from theorylab.lab.results import Store, checked, key
-from theorylab.lab.style import paper_style
+from theorylab.lab.drawing import Outcome, estimate, make
+from theorylab.lab.evidence import Check
+from theorylab.lab.files import blame, checkout_folder, jsonable, load_module, write_atomic
+from theorylab.lab.results import Store, key
 
 Preset = Literal["quick", "paper", "full"]
-Verdict = Literal["passed", "failed", "error", "not offered"]
 C = TypeVar("C", bound=type)
 
 PRESETS = ("quick", "paper", "full")
 _NAME = re.compile(r"[a-z][a-z0-9_]*/[a-z0-9]+(-[a-z0-9]+)*")
 _PARTS = ("compute", "draw", "expect")
-_DRAW_SECONDS = 1.0  # a figure whose numbers are stored costs about this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +64,24 @@ def figure(name: str, *, source: str, caption: str, quick: dict[str, Any], paper
 
     Raises:
         ArgumentError: the name has another form or is taken, or the class does not have the three methods with these settings.
+
+    Example:
+        >>> @figure("demo/squares", source="arithmetic", caption="Squares.", quick={"count": 3}, paper={"count": 30})
+        ... class Squares:
+        ...     @staticmethod
+        ...     def compute(progress, count):
+        ...         return {"n": np.arange(count), "square": np.arange(count) ** 2}
+        ...     @staticmethod
+        ...     def draw(data):
+        ...         figure, ax = plt.subplots()
+        ...         ax.plot(data["n"], data["square"])
+        ...         return figure
+        ...     @staticmethod
+        ...     def expect(check, data, count):
+        ...         check.above("growth", np.diff(data["square"]), 1)
+        >>> registered()["demo/squares"].family
+        'demo'
+        >>> forget("demo/squares")
     """
     if not _NAME.fullmatch(name):
         raise ArgumentError(f"name of a figure must be family/kebab-case in lower case, got {name!r}")
@@ -141,44 +151,28 @@ def discover(folder: str | Path | None = None) -> dict[str, BaseException]:
     return broken
 
 
-def select(patterns: str | Iterable[str] | None = None) -> list[Figure]:
-    """The loaded figures that a name, family or glob (or any of several) asks for.
+def select(patterns: str | Iterable[str] | None = None, folder: str | Path | None = None) -> list[Figure]:
+    """The loaded figures (of the modules in `folder`, if given) that a name, family or glob (or any of several) asks for.
 
     Raises:
         UnknownNameError: a pattern fits nothing.
     """
+    known = {n: f for n, f in _REGISTRY.items() if folder is None or _folder(f) == Path(folder).resolve()}
     chosen: dict[str, Figure] = {}
-    if not _REGISTRY:
+    if not known:
         raise UnknownNameError("no figure is registered: a figure is a class with @figure in a module of paper_figures/")
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns or ["*"]):
-        found = {n: f for n, f in _REGISTRY.items() if matches(n, pattern, "/")}
+        found = {n: f for n, f in known.items() if matches(n, pattern, "/")}
         if not found:
-            raise UnknownNameError.of("figure", pattern, [*_REGISTRY, *{f.family for f in _REGISTRY.values()}])
+            raise UnknownNameError.of("figure", pattern, [*known, *{f.family for f in known.values()}])
         chosen |= found
     return [chosen[name] for name in sorted(chosen)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of one figure."""
-
-    name: str
-    preset: str
-    verdict: Verdict
-    rows: tuple[Row, ...] = ()
-    files: tuple[str, ...] = ()
-    message: str = ""
-    cached: bool = False
-    seconds: float = 0.0
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing failed (a preset that a figure does not have was not asked)."""
-        return self.verdict in ("passed", "not offered")
-
-    def problems(self) -> list[str]:
-        """One line for the error and for each failed row."""
-        return [f"{self.name}: {text}" for text in ([self.message] if self.message else []) + [r.sentence() for r in self.rows if not r.passed]]
+def _folder(one: Figure) -> Path | None:
+    """The folder of the module that defines a figure."""
+    file = getattr(sys.modules.get(one.body.__module__), "__file__", None)
+    return Path(file).parent if file is not None else None
 
 
 @dataclasses.dataclass(repr=False)
@@ -228,7 +222,7 @@ def run_figures(names: str | Iterable[str] | None = None, preset: Preset = "pape
         progress: True for a bar, or an object that follows `Progress`; it is handed to `compute`.
         force: compute again even where a result is stored.
         png: write `name.png` too.
-        folder: where the figure modules are; `paper_figures/` of the checkout unless given.
+        folder: where the figure modules are, and no others are drawn; `paper_figures/` of the checkout unless given.
         cache: folder of stored results; in the user's cache folder unless given.
         say: receives the time estimate and one line per figure.
 
@@ -243,7 +237,7 @@ def run_figures(names: str | Iterable[str] | None = None, preset: Preset = "pape
     _writable(out)
     bar, gallery = resolve(progress), Gallery(preset)
     digests = {one.name: key({"name": one.name, **settings}, one.text) for one in chosen if (settings := one.presets[preset]) is not None}
-    say(_estimate(chosen, preset, store, digests, out, force))
+    say(estimate(chosen, preset, store, digests, out, force))
     for stem, error in broken.items():
         gallery.outcomes.append(Outcome(f"{stem}.py", preset, "error", message=f"cannot be loaded: {blame(error)}"))
     for i, one in enumerate(chosen):
@@ -251,7 +245,7 @@ def run_figures(names: str | Iterable[str] | None = None, preset: Preset = "pape
         if one.presets[preset] is None:
             gallery.outcomes.append(Outcome(one.name, preset, "not offered"))
             continue
-        gallery.outcomes.append(_make(one, preset, digests[one.name], store, out, bar, force, png))
+        gallery.outcomes.append(make(one, preset, digests[one.name], store, out, bar, force, png))
         for line in gallery.outcomes[-1].problems():
             say(f"  {line}")
     return gallery
@@ -266,7 +260,7 @@ def _load(names: str | Iterable[str] | None, folder: str | Path | None) -> tuple
             raise
         broken = {}
     try:
-        chosen = select(names)
+        chosen = select(names, folder)
     except UnknownNameError as error:
         if not broken:
             raise
@@ -283,106 +277,3 @@ def _writable(out: Path) -> None:
     probe.unlink(missing_ok=True)
 
 
-def _sidecar(one: Figure, out: Path) -> Path:
-    return out / one.family / (one.name.split("/")[1] + ".json")
-
-
-def _estimate(chosen: list[Figure], preset: str, store: Store, digests: Mapping[str, str], out: Path, force: bool) -> str:
-    """How long a run will take, from what the same figures took before."""
-    total, unknown, stored = 0.0, [], 0
-    for one in chosen:
-        if one.name not in digests:
-            continue
-        if not force and (one.name, preset, digests[one.name]) in store:
-            stored += 1
-            total += _DRAW_SECONDS
-            continue
-        before = store.seconds(one.name, preset) or _seconds_before(_sidecar(one, out), preset)
-        if before is None:
-            unknown.append(one.name)
-        total += before or 0.0
-    parts = [f"{stored} stored"] * bool(stored) + [f"{len(unknown)} of unknown duration"] * bool(unknown)
-    time = "unknown" if unknown and len(unknown) == len(digests) else f"about {seconds_text(total)}" + " or more" * bool(unknown)
-    return f"{len(digests)} figure{'s' * (len(digests) != 1)}, preset {preset}: time {time}" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _seconds_before(sidecar: Path, preset: str) -> float | None:
-    try:
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        return float(facts["times"]["compute"]["seconds"]) if facts["preset"] == preset else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _make(one: Figure, preset: str, digest: str, store: Store, out: Path, bar: Progress, force: bool, png: bool) -> Outcome:
-    """One figure from numbers to files."""
-    settings: Mapping[str, Any] = one.presets[preset] or {}
-    check, message, verdict, files = Check(one.name), "", "passed", []
-    times: dict[str, Any] = {}
-    data, cached, picture = {}, False, {}
-    try:
-        data, times["compute"], cached = _data(one, preset, settings, digest, store, bar, force)
-        try:
-            one.body.expect(check, data, **settings)
-        except Exception as error:  # the picture is the best help to see why
-            verdict, message = "error", f"expect: {blame(error)}"
-        if not message and not check.rows:
-            verdict, message = "error", "expect measured nothing"
-        verdict = "failed" if verdict == "passed" and not check.passed else verdict
-        with Stopwatch() as watch:
-            picture = _draw(one, data, "" if verdict == "passed" else message or "; ".join(r.sentence() for r in check.failed), png)
-        times["draw"] = watch.to_dict()
-    except Exception as error:
-        verdict, message = "error", f"{message}; {blame(error)}" if message else blame(error)
-    seconds = sum(t["seconds"] for stage, t in times.items() if not (cached and stage == "compute"))
-    sidecar = _sidecar(one, out)
-    try:
-        for ending, content in picture.items():
-            files.append(write_atomic(sidecar.with_suffix(f".{ending}"), content).relative_to(out).as_posix())
-        facts = {k: str(v) for k, v in data.items() if v.dtype.kind in "US" and v.ndim == 0}
-        write_atomic(sidecar, to_json({"name": one.name, "source": one.source, "caption": one.caption, "preset": preset, "settings": settings,
-                                       "passed": verdict == "passed", "verdict": verdict, "message": message, "facts": facts,
-                                       "checks": [row.to_dict() for row in check.rows], "files": files, "times": times, "cached": cached,
-                                       "key": digest, "provenance": runtime.provenance()}))
-    except StorageError as error:
-        verdict, message = "error", str(error)
-    return Outcome(one.name, preset, verdict, tuple(check.rows), tuple(files), message, cached, round(seconds, 3))  # type: ignore[arg-type]
-
-
-def _data(one: Figure, preset: str, settings: Mapping[str, Any], digest: str, store: Store, bar: Progress,
-          force: bool) -> tuple[dict[str, np.ndarray], dict[str, float], bool]:
-    """The numbers of a figure, how long they took, and whether they were stored."""
-    found = None if force else store.load(one.name, preset, digest)
-    if found is not None:
-        return found[0], found[1]["times"], True
-    with Stopwatch() as watch:
-        try:
-            data = checked(one.name, one.body.compute(bar, **settings))
-        finally:
-            bar.close()
-    store.save(one.name, preset, digest, data, watch.to_dict())
-    return data, watch.to_dict(), False
-
-
-def _draw(one: Figure, data: Mapping[str, np.ndarray], failure: str, png: bool) -> dict[str, bytes]:
-    """The picture as the bytes of its files; a failure is written across its foot."""
-    from matplotlib.figure import Figure as Picture
-
-    with paper_style():
-        picture = one.body.draw(data)
-        if not isinstance(picture, Picture):
-            raise ArgumentError(f"draw of {one.name} must return a matplotlib Figure, got {type(picture).__name__}")
-        try:
-            if failure:
-                short = failure if len(failure) <= 110 else failure[:107] + "..."
-                picture.text(0.01, 0.01, f"CHECK FAILED: {short}".replace("$", r"\$"), color="#B00020", fontsize=6, wrap=True, zorder=100)
-            content = {}
-            for ending in ("svg", "png") if png else ("svg",):
-                buffer = io.BytesIO()
-                # No date and no version inside, so that equal data give equal bytes.
-                picture.savefig(buffer, format=ending, metadata={"Date": None, "Creator": None} if ending == "svg" else {"Software": None})
-                content[ending] = buffer.getvalue()
-            return content
-        finally:
-            if "matplotlib.pyplot" in sys.modules:
-                sys.modules["matplotlib.pyplot"].close(picture)

@@ -67,7 +67,8 @@ class Columns:
     def _repr_html_(self) -> str:
         facts = [(html.escape(a), html.escape(b)) for a, b in self._facts()]
         facts += [(html.escape(name), html.escape(_spread_of(column))) for name, column in self.columns.items()]
-        return "<table>" + "".join(f"<tr><th style='text-align:left'>{a}</th><td style='text-align:left'>{b}</td></tr>" for a, b in facts) + "</table>"
+        left = "style='text-align:left'"
+        return "<table>" + "".join(f"<tr><th {left}>{a}</th><td {left}>{b}</td></tr>" for a, b in facts) + "</table>"
 
 
 def _spread_of(column: np.ndarray) -> str:
@@ -191,15 +192,23 @@ def gather(replicates: Replicates) -> Replicates:
         raise ArgumentError("gather needs jax.distributed.initialize(); without it, give sweep a folder `out` that all ranks share")
     from jax.experimental.multihost_utils import process_allgather
 
+    own = [replicates.index, *(np.ascontiguousarray(replicates.columns[name]) for name in sorted(replicates.columns))]
     counts = np.asarray(process_allgather(np.int32(replicates.n))).reshape(-1)
-    longest = max(int(counts.max()), 1)
+    width = sum(array.itemsize * int(np.prod(array.shape[1:])) for array in own)
+    # one collective on bytes: whatever the dtypes, there is one thing to compile
+    sent = np.zeros(int(counts.max()) * width, np.uint8)
+    mine = np.frombuffer(b"".join(array.tobytes() for array in own), np.uint8)
+    sent[: mine.size] = mine
+    received = np.asarray(process_allgather(sent)).reshape(len(counts), -1)
 
-    def whole(column: np.ndarray) -> np.ndarray:
-        padded = np.zeros((longest, *column.shape[1:]), column.dtype)
-        padded[: len(column)] = column
-        parts = np.asarray(process_allgather(padded)).reshape(len(counts), *padded.shape)
-        return np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)])
+    def whole(place: int) -> np.ndarray:
+        array, parts = own[place], []
+        for count, data in zip(counts, received, strict=True):
+            start = int(count) * sum(a.itemsize * int(np.prod(a.shape[1:])) for a in own[:place])
+            size = int(count) * array.itemsize * int(np.prod(array.shape[1:]))
+            parts.append(np.frombuffer(data[start:start + size].tobytes(), array.dtype).reshape(int(count), *array.shape[1:]))
+        return np.concatenate(parts)
 
-    index, first = np.unique(whole(replicates.index), return_index=True)
-    columns = {name: whole(column)[first] for name, column in replicates.columns.items()}
+    index, first = np.unique(whole(0), return_index=True)
+    columns = {name: whole(place)[first] for place, name in enumerate(sorted(replicates.columns), 1)}
     return Replicates(columns, index, replicates.total, replicates.provenance)

@@ -90,7 +90,8 @@ def sweep(
     plan = open_plan(task, replicates, chunk, None if out is None else Path(out))
     whole = execute([plan], place, size, client, resolve(progress))
     columns, index = _merge(plan)
-    result = Replicates(columns, index, replicates, runtime.provenance(run=plan.identity["run"], replicates=replicates, chunk=chunk, seed=_seed(seed)))
+    provenance = runtime.provenance(run=plan.identity["run"], replicates=replicates, chunk=chunk, seed=_seed(seed))
+    result = Replicates(columns, index, replicates, provenance)
     _report(result, len(index), replicates, whole, place, size, origin)
     return result
 
@@ -295,25 +296,34 @@ def _merge(plan: Plan) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def _assemble(axes: dict[str, list], plans: list[Plan], members: list[list[tuple[int, ...]]], replicates: int, provenance: dict) -> Table:
-    grid = tuple(len(values) for values in axes.values())
-    merged = [_merge(plan) for plan in plans]
-    done = np.zeros((*grid, replicates), bool)
-    columns: dict[str, np.ndarray] = {}
-    for (part, lanes), points in zip(merged, members, strict=True):
+    done = np.zeros((*map(len, axes.values()), replicates), bool)
+    parts = []
+    for plan, points in zip(plans, members, strict=True):
+        columns, lanes = _merge(plan)
         where = (*np.array(points)[lanes % len(points)].T, lanes // len(points))
         done[where] = True
-        for name, values in part.items():
-            if name not in columns:
-                columns[name] = np.full((*done.shape, *values.shape[1:]), np.nan, np.result_type(values.dtype, np.float32)) \
-                    if values.dtype.kind in "biu" else np.full((*done.shape, *values.shape[1:]), np.nan, values.dtype)
-            if columns[name].shape[done.ndim:] != values.shape[1:]:
-                raise ArgumentError(f"run must return {name!r} in one shape at all points of the grid, got {columns[name].shape[done.ndim:]} "
-                                    f"and {values.shape[1:]}")
-            columns[name][where] = values
-    if done.all():
-        columns = {name: column.astype(merged[0][0][name].dtype) for name, column in columns.items()}
-    shown = {name: np.asarray(values) if all(isinstance(v, (int, float, bool, np.generic)) for v in values) else values for name, values in axes.items()}
-    return Table(shown, columns, done, provenance)
+        parts.append((columns, where))
+    table = {name: _spread_out(name, [(columns[name], where) for columns, where in parts], done) for name in parts[0][0]}
+    return Table({name: _shown(values) for name, values in axes.items()}, table, done, provenance)
+
+
+def _spread_out(name: str, parts: list[tuple[np.ndarray, tuple]], done: np.ndarray) -> np.ndarray:
+    """One column over the whole grid; NaN where a replicate is missing, and then no whole numbers."""
+    shapes = {values.shape[1:] for values, _ in parts}
+    if len(shapes) > 1:
+        raise ArgumentError(f"run must return {name!r} in one shape at all points of the grid, got {' and '.join(map(str, sorted(shapes)))}")
+    dtype = np.result_type(*(values.dtype for values, _ in parts))
+    if not done.all() and dtype.kind in "biu":
+        dtype = np.result_type(dtype, np.float32)
+    column = np.full((*done.shape, *shapes.pop()), 0 if done.all() else np.nan, dtype)
+    for values, where in parts:
+        column[where] = values
+    return column
+
+
+def _shown(values: list) -> Any:
+    """Values of an axis for the reader: an array of numbers, else the list."""
+    return np.asarray(values) if all(isinstance(v, (int, float, np.generic)) for v in values) else values
 
 
 def _report(result: Columns, here: int, total: int, whole: bool, rank: int, world: int, origin: str) -> None:
