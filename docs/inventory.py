@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 import re
 import types
-from typing import Any
+from typing import Any, Generic
 
 # page, title, package whose public names it holds, layer folders those names are defined in (empty: any), further modules shown whole
 PAGES = (
@@ -108,7 +109,11 @@ def _interop() -> list[str]:
 
 
 def signature(thing: Any, name: str) -> str:
-    """The call as one writes it, one argument per line when it is long."""
+    """The call as one writes it, one argument per line when it is long; for an enumeration its members, for an exception what it derives from."""
+    if inspect.isclass(thing) and issubclass(thing, enum.Enum):
+        return "\n".join(f"{name}.{member.name}" for member in thing)
+    if inspect.isclass(thing) and (issubclass(thing, BaseException) or getattr(thing, "_is_protocol", False)):
+        return f"class {name}({', '.join(base.__name__ for base in thing.__bases__ if base is not Generic)})"
     try:
         call = inspect.signature(thing)
     except (TypeError, ValueError):

@@ -44,8 +44,13 @@ def test_a_schedule_takes_the_precision_of_the_data_and_any_integer_step(rule):
     assert rule(jnp.arange(4)).shape == (4,)
 
 
-@pytest.mark.parametrize("make", [lambda v: schedule.Constant(v), lambda v: schedule.InverseSqrt(v), lambda v: schedule.Inverse(v, 10 * v),
-                                  lambda v: schedule.Geometric(v, v, every=int(10 * v), floor=v / 100), lambda v: schedule.Staircase([v, v / 2], [int(10 * v)])])
+@pytest.mark.parametrize("make", [
+    schedule.Constant,
+    schedule.InverseSqrt,
+    lambda v: schedule.Inverse(v, 10 * v),
+    lambda v: schedule.Geometric(v, v, every=int(10 * v), floor=v / 100),
+    lambda v: schedule.Staircase([v, v / 2], [int(10 * v)]),
+])
 def test_new_values_do_not_recompile(make):
     traces = []
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from theorylab.core import stream
 from theorylab.core.stream import Batches, BlockReader, EndOfData, Rows, Stream, as_stream, fold

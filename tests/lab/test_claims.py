@@ -213,6 +213,12 @@ def test_progress_is_told_each_claim_and_always_closed(demo):
     assert shown == ["demo.half", "demo.wrong"]
 
 
+def test_an_inner_trace_is_not_counted_twice():
+    from theorylab.lab.clock import _union
+
+    assert _union([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (7.0, 8.0)]) == 6.0 and _union([]) == 0.0
+
+
 def test_compiling_is_told_apart_from_computing(demo):
     def compiles(check):
         # A function made here is compiled here, whatever ran before.

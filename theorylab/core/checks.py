@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from theorylab.core.tree import check_finite
 from theorylab.errors import ArgumentError, MatrixError, PrecisionError, ShapeError, ToleranceError, UnknownNameError
@@ -23,7 +24,7 @@ ASYMMETRY_UNITS = 1000
 
 def known(*values: Any) -> bool:
     """Whether no argument is a tracer, so that values can be looked at."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 def _shape_text(shape: Sequence[int | None]) -> str:
@@ -58,7 +59,7 @@ def array(name: str, value: Any, shape: Sequence[int | None] | None = None, *, b
             value = np.asarray(value)
         except ValueError as error:
             raise ShapeError(f"{name} must be an array, got nested sequences of unequal lengths") from error
-    kind, dtype = np.dtype(value.dtype).kind if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) else "key", value.dtype
+    kind, dtype = np.dtype(value.dtype).kind if not jnp.issubdtype(value.dtype, jax.dtypes.extended) else "key", value.dtype
     half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     if half or kind not in "iufb" or (kind == "f" and np.dtype(dtype).itemsize > 8):
         raise PrecisionError(f"{name} must hold real numbers of float32 or float64, got dtype {dtype}")
@@ -111,18 +112,19 @@ def _largest(host: np.ndarray) -> np.ndarray:
     return np.abs(host).max(axis=(-2, -1), keepdims=True)
 
 
-def _smallest_eigenvalue_above(host: np.ndarray, level: np.ndarray) -> bool:
-    try:  # a Cholesky factor exists: ten times cheaper than the eigenvalues, which only the message needs
+def _check_spectrum(name: str, words: str, host: np.ndarray, level: np.ndarray, advice: str) -> None:
+    """Refuse matrices with an eigenvalue below their `level`, showing the worst one."""
+    try:  # a Cholesky factor is ten times cheaper than the eigenvalues, which only a refusal needs
         np.linalg.cholesky(host - level * np.eye(host.shape[-1], dtype=host.dtype))
-        return True
+        return
     except np.linalg.LinAlgError:
-        return False
-
-
-def _extremes(host: np.ndarray) -> tuple[float, float, str]:
-    values = np.linalg.eigvalsh(host)
-    where = np.unravel_index(np.argmin(values[..., 0]), values.shape[:-1])
-    return float(values[where][0]), float(values[where][-1]), f" (matrix {tuple(map(int, where))})" if where else ""
+        values = np.linalg.eigvalsh(host)
+    margin = (values[..., 0] - level[..., 0, 0]) / np.maximum(_largest(host), np.finfo(host.dtype).tiny)[..., 0, 0]
+    where = np.unravel_index(np.argmin(margin), margin.shape)
+    if margin[where] < 0:
+        which = f" (matrix {tuple(map(int, where))})" if where else ""
+        raise MatrixError(f"{name} must be {words}, its smallest eigenvalue is {values[where][0]:.3g} and its largest "
+                          f"{values[where][-1]:.3g}{which}; {advice}")
 
 
 def definite(name: str, value: Any, dim: int | None = None, *, batched: bool = False) -> jax.Array:
@@ -140,10 +142,9 @@ def definite(name: str, value: Any, dim: int | None = None, *, batched: bool = F
     matrix = symmetric(name, value, dim, batched=batched)
     if known(value):
         host = np.asarray(value, np.dtype(matrix.dtype))
-        if not _smallest_eigenvalue_above(host, host.shape[-1] * np.finfo(host.dtype).eps * _largest(host)):
-            low, high, which = _extremes(host)
-            raise MatrixError(f"{name} must be positive definite, its smallest eigenvalue is {low:.3g} and its largest {high:.3g}{which}; "
-                              f"add a ridge to {name} or drop rows")
+        info = np.finfo(host.dtype)
+        level = host.shape[-1] * info.eps * _largest(host) + info.tiny
+        _check_spectrum(name, "positive definite", host, level, f"add a ridge to {name} or drop rows")
     return matrix
 
 
@@ -157,12 +158,7 @@ def semidefinite(name: str, value: Any, dim: int | None = None, *, batched: bool
     if known(value):
         host = np.asarray(value, np.dtype(matrix.dtype))
         slack = ROUND_OFF_UNITS * host.shape[-1] * np.finfo(host.dtype).eps * _largest(host)
-        if not _smallest_eigenvalue_above(host, -slack):
-            low, high, which = _extremes(host / np.where(slack > 0, slack, 1))
-            if low < -1:
-                low, high = (v * float(slack.reshape(-1)[which[0]]) for v in (low, high))
-                raise MatrixError(f"{name} must be positive semidefinite, its smallest eigenvalue is {low:.3g} and its largest {high:.3g}{which}; "
-                                  "project_psd gives the nearest such matrix")
+        _check_spectrum(name, "positive semidefinite", host, -slack, "project_psd gives the nearest such matrix")
     return matrix
 
 

@@ -35,6 +35,7 @@ class Result(NamedTuple):
     """What the host loop leaves."""
 
     carry: Carry
+    value: Any
     recorder: Recorder
     step: int
     compile_seconds: float
@@ -82,7 +83,7 @@ def drive(run: Run, start: Any, slots: int, reader: Any, clock: Clock, progress:
     step, status = int(carry.step), np.asarray(carry.status)
     if reader is not None:
         reader.seek(step)
-    compile_seconds = _compile(run, start, carry, slots, reader)
+    value, compile_seconds = _compile(run, start, carry, slots, reader)
     run_seconds, chunks, saved = 0.0, 0, step
     progress.start(type(run.whole[1]).__name__, run.steps)
     progress.update(step)
@@ -95,12 +96,12 @@ def drive(run: Run, start: Any, slots: int, reader: Any, clock: Clock, progress:
                     break
                 until = min(until, end)
             began = time.perf_counter()
-            after, rows = _call(run, start, carry, min(until, run.steps), slots, block, first)
+            after, rows, latest = _call(run, start, carry, min(until, run.steps), slots, block, first)
             at, codes = int(after.step), np.asarray(after.status)
             took = time.perf_counter() - began
             recorder.add(rows, (step, spent), (at, spent + took))
             clock.took(max(1, at - step), took)
-            carry, step, status = after, at, codes
+            carry, value, step, status = after, latest, at, codes
             spent, run_seconds, chunks = spent + took, run_seconds + took, chunks + 1
             progress.update(step, _note(recorder, run))
             if saver is not None and saver.due():
@@ -112,7 +113,7 @@ def drive(run: Run, start: Any, slots: int, reader: Any, clock: Clock, progress:
         progress.close()
         if saver is not None and (saved != step or not saver.path.exists()):
             _save(saver, carry, recorder, spent)
-    return Result(carry, recorder, step, compile_seconds, run_seconds, chunks)
+    return Result(carry, value, recorder, step, compile_seconds, run_seconds, chunks)
 
 
 def _call(run: Run, start: Any, carry: Carry, until: int, slots: int, block: Any, first: int) -> Any:
@@ -120,12 +121,12 @@ def _call(run: Run, start: Any, carry: Carry, until: int, slots: int, block: Any
                           static=start.static, runs=run.runs, slots=slots, last=run.last)
 
 
-def _compile(run: Run, start: Any, carry: Carry, slots: int, reader: Any) -> float:
-    """Call the kernel with zero steps: it compiles and runs nothing, so that compile time stays out of every clock."""
+def _compile(run: Run, start: Any, carry: Carry, slots: int, reader: Any) -> tuple[Any, float]:
+    """Call the kernel with zero steps: it compiles and gives the iterate, so that compile time stays out of every clock."""
     began = time.perf_counter()
     block, first = (None, 0) if reader is None else reader.block(int(carry.step))[:2]
-    jax.block_until_ready(_call(run, start, carry, int(carry.step), slots, block, first)[0].step)
-    return time.perf_counter() - began
+    value = jax.block_until_ready(_call(run, start, carry, int(carry.step), slots, block, first)[2])
+    return value, time.perf_counter() - began
 
 
 def _note(recorder: Recorder, run: Run) -> str:

@@ -24,6 +24,7 @@ from theorylab.errors import ArgumentError, NonFiniteError, NotConvergedError, P
 
 PyTree = Any
 TIGHT = 1e-6
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 _compiled: set[Any] = set()
 
 
@@ -124,7 +125,10 @@ def _as_state(flow: Any, y0: Any, runs: int | None) -> PyTree:
         raise ArgumentError(f"flow must be a Flow, got {type(flow).__name__}{hint}")
     if isinstance(y0, (list, float, int)):
         y0 = np.asarray(y0, float)
-    y0 = flow.lift(y0)
+    if type(flow).lift is not Flow.lift:
+        y0 = flow.lift(y0)
+    if runs is None and _is_plain(jax.tree.leaves(y0)):
+        return y0
     leaves = jax.tree_util.tree_leaves_with_path(y0)
     if not leaves:
         raise ArgumentError("y0 must hold at least one array, got none")
@@ -145,6 +149,11 @@ def _as_state(flow: Any, y0: Any, runs: int | None) -> PyTree:
     if len(dtypes) > 1:
         raise PrecisionError("y0 must be of one dtype, got " + " and ".join(f"{dtype} at {name}" for dtype, name in dtypes.items()) + "; convert one")
     return jax.tree.map(lambda a: a if isinstance(a, jax.Array) and not a.weak_type else jnp.asarray(a, jnp.result_type(a)), y0)
+
+
+def _is_plain(leaves: list[Any]) -> bool:
+    """Whether nothing needs to be checked or converted: the fast path of repeated calls."""
+    return bool(leaves) and all(isinstance(a, jax.Array) and a.dtype in _DTYPES and a.dtype == leaves[0].dtype and not a.weak_type for a in leaves)
 
 
 def _as_times(times: Any, dtype: Any) -> Any:
@@ -213,7 +222,7 @@ def _in_graph(whole: Any, y0: PyTree, grid: Any, numbers: Any, max_steps: int, r
             return differentiable(flow, solver, y0, grid, numbers, max_steps, fixed)
 
         value, ended = jax.vmap(lane, out_axes=(1, 0))(y0) if runs is not None else lane(y0)
-        columns = stepping.measure(flow, record, grid, value, runs is not None)
+        columns = stepping.measure(flow, record, stepping.row_times(grid, 0, ended), value, runs is not None)
     rows = jnp.arange(grid.shape[0], dtype=jnp.int32)
     valid = rows.reshape(rows.shape + (1,) * ended.row.ndim) < ended.row
 
@@ -230,8 +239,9 @@ def _at_once(plan: Plan) -> Watched:
     arrays, static = bind(plan.whole)
     spent = np.int32(plan.max_steps)
 
-    def call(limit: Any) -> Any:
-        return jax.block_until_ready(stepping.solve(arrays, plan.y0, plan.times, plan.numbers, limit, static=static, runs=plan.runs, fixed=plan.fixed))
+    def call(limit: Any) -> tuple[PyTree, dict[str, np.ndarray], stepping.Ended]:
+        value, columns, ended = stepping.solve(arrays, plan.y0, plan.times, plan.numbers, limit, static=static, runs=plan.runs, fixed=plan.fixed)
+        return value, {name: np.asarray(column) for name, column in columns.items()}, stepping.unpack(*ended)
 
     began = time.perf_counter()
     key = (static, plan.runs, plan.fixed, plan.times.shape, tuple((a.shape, a.dtype) for a in (*arrays, *jax.tree.leaves(plan.y0))))
@@ -241,7 +251,6 @@ def _at_once(plan: Plan) -> Watched:
     compiled = time.perf_counter()
     value, columns, ended = call(spent)
     took = time.perf_counter() - compiled
-    columns, ended = jax.device_get((columns, ended))
     return Watched(value, columns, ended, plan.times, compiled - began, took, 1)
 
 
@@ -249,15 +258,15 @@ def _finish(plan: Plan, found: Watched, settings: dict, throw: bool) -> Solution
     """From rows on the device to a `Solution`; raise or warn if a run ended badly."""
     flow, _, solver = plan.whole
     ended, axis = found.ended, found.times
-    if (ended.status == Status.NONFINITE).any():
+    if (ended.status == int(Status.NONFINITE)).any():
         tree.check_finite("y0", plan.y0)
-    valid = np.arange(len(axis)).reshape((-1,) + (1,) * ended.row.ndim) < ended.row
+    valid = np.arange(len(axis)).reshape((-1,) + (1,) * np.ndim(ended.row)) < ended.row
     value, columns = found.value, found.columns
     names = [event.name for event in flow.events()] if (ended.event >= 0).any() else []
     if not plan.runs:
         kept = int(ended.row)
         if kept < len(axis):  # the row after the last save time that was reached holds the state at the end
-            kept += ended.t > axis[kept - 1]
+            kept += bool(ended.t > axis[kept - 1])
             axis = np.concatenate([axis[: int(ended.row)], [ended.t]])[:kept]
             value, columns, valid = jax.tree.map(lambda a: a[:kept], value), {k: v[:kept] for k, v in columns.items()}, np.ones(kept, bool)
         event = names[int(ended.event)] if ended.event >= 0 else None

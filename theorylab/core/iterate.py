@@ -217,13 +217,13 @@ def _in_graph(run: Run, scan: bool) -> Solution:
         if scan:
             if isinstance(run.steps, jax.core.Tracer):
                 raise ArgumentError("steps must be a Python integer with loop='scan'")
-            carry, rows = kernel.unrolled(start.arrays, start.carry, static=start.static, runs=run.runs, every=run.every, steps=run.steps)
+            carry, rows, value = kernel.unrolled(start.arrays, start.carry, static=start.static, runs=run.runs, every=run.every, steps=run.steps)
             if run.last:
                 rows = _last_row(rows)
         else:
             slots = 1 if run.last else max(1, -(-run.steps // run.every))
             limit = jnp.asarray(run.steps, jnp.int32)
-            carry, rows = kernel.advance(start.arrays, start.carry, limit, limit, np.int32(run.every), None, np.int32(0), static=start.static,
+            carry, rows, value = kernel.advance(start.arrays, start.carry, limit, limit, np.int32(run.every), None, np.int32(0), static=start.static,
                                          runs=run.runs, slots=slots, last=run.last)
     except TypeError as error:
         _explain(run, start, error)
@@ -232,7 +232,7 @@ def _in_graph(run: Run, scan: bool) -> Solution:
     ending = Status.COMPLETED if isinstance(run.whole[2], Never) else Status.MAX_STEPS
     open_lane = (carry.status == Status.RUNNING) | (carry.status == Status.MAX_STEPS)
     status = jnp.where(open_lane, jnp.asarray(int(ending), jnp.int32), carry.status)
-    return Solution(kernel.value_of(start.arrays, carry.state, static=start.static, runs=run.runs), status, carry.ended, history)
+    return Solution(value, status, carry.ended, history)
 
 
 def _last_row(rows: Recorded) -> Recorded:
@@ -268,7 +268,7 @@ def _on_host(run: Run, data: Any, seconds: float | None, progress: Progress, che
         if reader is not None:
             reader.close()
     problem = run.whole[0]
-    value = kernel.value_of(start.arrays, result.carry.state, static=start.static, runs=run.runs)
+    value = result.value
     codes, ended = np.asarray(result.carry.status).copy(), np.asarray(result.carry.ended)
     done = result.step >= run.steps
     codes[codes == Status.RUNNING] = Status.MAX_STEPS if done else Status.STOPPED

@@ -162,8 +162,8 @@ def _slot(problem: Any, method: Any, stop: Any, record: Callable | None, runs: i
 
 @partial(jax.jit, static_argnames=("static", "runs", "slots", "last"))
 def advance(arrays: list[Array], carry: Carry, until: Array, max_steps: Array, every: Array, block: PyTree, first: Array, *,
-            static: Static, runs: int | None, slots: int, last: bool) -> tuple[Carry, Recorded]:
-    """Go to step `until`, or until no run is live, or until `slots` rows are full.
+            static: Static, runs: int | None, slots: int, last: bool) -> tuple[Carry, Recorded, PyTree]:
+    """Go to step `until`, or until no run is live, or until `slots` rows are full; the carry, the rows, and the iterates.
 
     A row is kept at every multiple of `every` and at `max_steps`; with `last` each row replaces the one before.
     `block` holds the batches first, first + 1, ... along its leading axis, or is None.
@@ -200,11 +200,13 @@ def advance(arrays: list[Array], carry: Carry, until: Array, max_steps: Array, e
             filled = jnp.where(full | (rows.filled > 0), filled, rows.filled)
             return carry, Recorded(jax.tree.map(put, rows.columns, row), put(rows.step, now), put(rows.valid, good), filled)
 
-        return lax.while_loop(live, slot, (carry, rows))
+        carry, rows = lax.while_loop(live, slot, (carry, rows))
+        return carry, rows, _lanes(runs)(lambda s: method.value(problem, s))(carry.state)
 
 
 @partial(jax.jit, static_argnames=("static", "runs", "every", "steps"))
-def unrolled(arrays: list[Array], carry: Carry, *, static: Static, runs: int | None, every: int, steps: int) -> tuple[Carry, Recorded]:
+def unrolled(arrays: list[Array], carry: Carry, *, static: Static, runs: int | None, every: int,
+             steps: int) -> tuple[Carry, Recorded, PyTree]:
     """The same run as a `scan`, for reverse mode: one state per slot is stored and the steps inside a slot are recomputed."""
     problem, method, stop, record = unbind(arrays, static)
     step, close = _slot(problem, method, stop, record, runs, jnp.asarray(every, jnp.int32), jnp.asarray(steps, jnp.int32))
@@ -224,14 +226,8 @@ def unrolled(arrays: list[Array], carry: Carry, *, static: Static, runs: int | N
 
     with jax.default_matmul_precision("highest"):
         carry, (columns, at, valid, ran) = lax.scan(slot, carry, None, length=-(-steps // every))
-    return carry, Recorded(columns, at, valid, jnp.sum(ran, dtype=jnp.int32))
-
-
-@partial(jax.jit, static_argnames=("static", "runs"))
-def value_of(arrays: list[Array], state: PyTree, *, static: Static, runs: int | None) -> PyTree:
-    """The iterate in a state."""
-    problem, method, _, _ = unbind(arrays, static)
-    return _lanes(runs)(lambda s: method.value(problem, s))(state)
+        value = _lanes(runs)(lambda s: method.value(problem, s))(carry.state)
+    return carry, Recorded(columns, at, valid, jnp.sum(ran, dtype=jnp.int32)), value
 
 
 def describe_mismatch(problem: Any, method: Any, state: PyTree, key: Array) -> str | None:

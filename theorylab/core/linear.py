@@ -24,6 +24,7 @@ from theorylab.errors import ArgumentError, MatrixError, ShapeError
 
 Array = jax.Array
 PyTree = Any
+Map = jax.tree_util.Partial
 KINDS = ("diagonal", "cholesky", "lu", "eigh")
 
 
@@ -31,14 +32,14 @@ class Factored(Module):
     """One factor of a matrix, reused across right-hand sides, steps and lanes. A pytree; build it with `Factored.of`.
 
     Attributes:
-        kind: `"diagonal"`, `"cholesky"`, `"lu"` or `"eigh"`.
         matrix: what was factored; derivatives flow through it.
         factor: arrays of the factor.
+        kind: `"diagonal"`, `"cholesky"`, `"lu"` or `"eigh"`.
     """
 
-    kind: str = choice(among=KINDS)
     matrix: Any
     factor: Any
+    kind: str = choice(among=KINDS)
 
     @classmethod
     def of(cls, matrix: Any, kind: str = "auto") -> Factored:
@@ -65,16 +66,15 @@ class Factored(Module):
             expected = "a vector" if kind == "diagonal" else "a square matrix" + (" or a vector" if kind == "auto" else "")
             raise ShapeError(f"matrix must be {expected} for kind {kind!r}, got shape {np.shape(matrix)}; use jax.vmap(Factored.of) for batches")
         kind = ("diagonal" if diagonal else "lu") if kind == "auto" else kind
-        check = {"diagonal": lambda m: checks.array("matrix", m, (None,)), "lu": lambda m: checks.square("matrix", m),
-                 "cholesky": lambda m: checks.definite("matrix", m), "eigh": lambda m: checks.symmetric("matrix", m)}[kind]
-        matrix = check(matrix)
+        checked = {"diagonal": checks.array, "lu": checks.square, "cholesky": checks.definite, "eigh": checks.symmetric}
+        matrix = checked[kind]("matrix", matrix)
         factor = _factor(lax.stop_gradient(matrix), kind)
         if kind in ("diagonal", "lu") and checks.known(factor):
             pivots = np.abs(np.asarray(matrix if diagonal else jnp.diagonal(factor[0])))
             if pivots.min() == 0:
                 raise MatrixError(f"matrix must be invertible, got a zero pivot at row {int(pivots.argmin())}; "
                                   "kind='eigh' solves singular symmetric systems")
-        return cls(kind, matrix, factor)
+        return cls(matrix, factor, kind)
 
     def solve(self, b: Any) -> Array:
         """The solution x of A x = b; of least norm where a symmetric A of kind `"eigh"` is singular.
@@ -112,12 +112,7 @@ class Factored(Module):
         if b.ndim not in (1, 2) or b.shape[0] != n:
             raise ShapeError(f"b must have shape ({n},) or ({n}, any), got {b.shape}; use jax.vmap for batches")
         checks.same_dtype(matrix=self.matrix, b=b)
-        known_shift = None if shift is None else lax.stop_gradient(shift)
-        symmetric = self.kind != "lu"
-        return lax.custom_linear_solve(
-            lambda x: _apply(self.matrix, x) if shift is None else _apply(self.matrix, x) + shift * x, b,
-            lambda _, rhs: _substitute(self.kind, self.factor, rhs, known_shift, 0),
-            None if symmetric else lambda _, rhs: _substitute(self.kind, self.factor, rhs, known_shift, 1), symmetric=symmetric)
+        return _solve(self, b, shift)
 
     def log_det(self) -> Array:
         """The logarithm of the absolute value of the determinant.
@@ -129,6 +124,18 @@ class Factored(Module):
         return _log_det(self.matrix, self)
 
 
+@jax.jit
+def _solve(factored: Factored, b: Array, shift: Array | None) -> Array:
+    kind, matrix, factor = factored.kind, factored.matrix, lax.stop_gradient(factored.factor)
+    fixed = None if shift is None else lax.stop_gradient(shift)
+    symmetric = kind != "lu"
+    return lax.custom_linear_solve(
+        lambda x: _apply(matrix, x) if shift is None else _apply(matrix, x) + shift * x, b,
+        lambda _, rhs: _substitute(kind, factor, rhs, fixed, 0),
+        None if symmetric else lambda _, rhs: _substitute(kind, factor, rhs, fixed, 1), symmetric=symmetric)
+
+
+@partial(jax.jit, static_argnames="kind")
 def _factor(matrix: Array, kind: str) -> tuple[Array, ...]:
     if kind == "cholesky":
         return (jnp.linalg.cholesky(matrix),)
@@ -194,7 +201,8 @@ def cg(operator: Any, b: PyTree, *, preconditioner: Any = None, x0: PyTree = Non
     r"""Solve A x = b by preconditioned conjugate gradients, for symmetric positive definite A given as a matrix or as a function.
 
     It works inside `jit` and `vmap` (a status per lane) and has derivatives in b and in what `operator` depends on; x0 and the
-    preconditioner have none. Nothing is raised for a failed iteration: look at `status`.
+    preconditioner have none. Nothing is raised for a failed iteration: look at `status`. A matrix compiles once; a function
+    compiles in each call, unless the call is inside `jit`.
 
     Args:
         operator: x -> A x on pytrees like b; or a matrix; or an object with such a method `mv`.
@@ -226,8 +234,12 @@ def cg(operator: Any, b: PyTree, *, preconditioner: Any = None, x0: PyTree = Non
     if x0 is not None:
         x0 = lax.stop_gradient(jax.tree.map(lambda leaf: checks.array("x0", leaf), x0))
         _check_like("x0", x0, b)
-    limit, relative = jnp.asarray(max_steps, jnp.int32), jnp.asarray(tolerance, dtype)
+    # What is a pytree compiles once; a function may close over anything, so without an outer `jit` it compiles in each call.
+    run = _cg_compiled if isinstance(apply, Map) and isinstance(precondition, Map) else _cg
+    return run(apply, precondition, b, x0, jnp.asarray(tolerance, dtype), jnp.asarray(max_steps, jnp.int32))
 
+
+def _cg(apply: Callable, precondition: Callable, b: PyTree, x0: PyTree, relative: Array, limit: Array) -> CGResult:
     def solve(matvec: Callable, rhs: PyTree) -> tuple[PyTree, tuple[Array, Array, Array]]:
         zero = jax.tree.map(jnp.zeros_like, rhs)
         start, left, length = zero, rhs, _norm(rhs)
@@ -241,15 +253,18 @@ def cg(operator: Any, b: PyTree, *, preconditioner: Any = None, x0: PyTree = Non
     return CGResult(value, residual, steps, status)
 
 
+_cg_compiled = jax.jit(_cg)
+
+
 def _limit(max_steps: Any) -> Any:
     return checks.whole("max_steps", max_steps, low=1) if checks.known(max_steps) else max_steps
 
 
 def _as_map(name: str, operator: Any, b: PyTree) -> Callable[[PyTree], PyTree]:
     if operator is None:
-        return lambda x: x
+        return Map(_same)
     if isinstance(operator, Factored):
-        return operator.solve if name == "preconditioner" else lambda x: _apply(operator.matrix, x)
+        return Map(_solve_vector if name == "preconditioner" else _apply, operator if name == "preconditioner" else operator.matrix)
     if hasattr(operator, "mv"):
         return operator.mv
     if callable(operator):
@@ -258,7 +273,15 @@ def _as_map(name: str, operator: Any, b: PyTree) -> Callable[[PyTree], PyTree]:
         raise ShapeError(f"{name} may be a matrix only when b is a vector; pass a function")
     matrix = checks.symmetric(name, operator, b.shape[0])
     checks.same_dtype(**{name: matrix, "b": b})
-    return lambda x: product(matrix, x)
+    return Map(_apply, matrix)
+
+
+def _same(x: PyTree) -> PyTree:
+    return x
+
+
+def _solve_vector(factored: Factored, r: Array) -> Array:
+    return factored.solve(r)
 
 
 def _check_like(name: str, value: PyTree, b: PyTree) -> None:

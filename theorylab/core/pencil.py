@@ -177,7 +177,8 @@ def orthonormalize(x: Any, b: Any = None, kind: str = "cholesky") -> Array:
     """
     checks.among("kind", kind, ("cholesky", "polar"))
     x, b, apply = _basis(x, b)
-    result, gram = _orthonormalize_of(x, b, apply=apply, kind=kind)
+    # A function may close over anything, so only a matrix goes through the compiled form.
+    result, gram = _orthonormalize_of(x, b, kind) if apply is None else _orthonormalize(x, apply, kind)
     _check_independent(gram)
     return result
 
@@ -201,7 +202,7 @@ def _tall(name: str, value: Any, rows: int | None = None) -> Array:
     return value
 
 
-def _basis(x: Any, b: Any) -> tuple[Array, Array | None, Product | None]:
+def _basis(x: Any, b: Any) -> tuple[Array, Any, Any]:
     x = _tall("x", x)
     n, p = x.shape[-2:]
     if b is None or callable(b):
@@ -222,11 +223,14 @@ def _check_independent(gram: Array) -> None:
                           f"length, has smallest eigenvalue {low:.3g}; drop columns or pass data of higher precision")
 
 
-@partial(jax.jit, static_argnames=("apply", "kind"))
-def _orthonormalize_of(x: Columns, b: Array | None, *, apply: Product | None, kind: str) -> tuple[Columns, Array]:
+@partial(jax.jit, static_argnames="kind")
+def _orthonormalize_of(x: Columns, b: Array | None, kind: str) -> tuple[Columns, Array]:
+    return _orthonormalize(x, lambda x: x if b is None else product(_symmetrize(b), x), kind)
+
+
+def _orthonormalize(x: Columns, apply: Product, kind: str) -> tuple[Columns, Array]:
     def gram(x: Array) -> Array:
-        right = apply(x) if apply is not None else x if b is None else product(_symmetrize(b), x)
-        return _symmetrize(product(x.mT, right))
+        return _symmetrize(product(x.mT, apply(x)))
 
     def once(x: Array, g: Array) -> Array:
         if kind == "polar":

@@ -77,13 +77,15 @@ def _permuted(key: Key, index: UInt32[Array, " rows"], n: int) -> UInt32[Array, 
     mask, width = np.uint32(2**half - 1), np.uint32(half)
     round_keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
 
-    def network(x: UInt32[Array, " rows"]) -> UInt32[Array, " rows"]:
+    def walk(loop: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, outside = loop
         left, right = x >> width, x & mask
         for i in range(ROUNDS):
             left, right = right, left ^ (_mix(right, round_keys[i]) & mask)
-        return (left << width) | right
+        x = jnp.where(outside, (left << width) | right, x)
+        return x, x >= np.uint32(n)
 
-    return lax.while_loop(lambda x: jnp.any(x >= np.uint32(n)), lambda x: jnp.where(x >= np.uint32(n), network(x), x), network(index))
+    return lax.while_loop(lambda loop: jnp.any(loop[1]), walk, (index, jnp.ones(index.shape, bool)))[0]
 
 
 def _float_dtype(dtype: Any) -> Any:
@@ -161,9 +163,9 @@ def low_rank_factor(key: Key | int, dim: int, rank: int, *, dtype: Any = None) -
 
 
 def wishart(key: Key | int, dim: int, dof: int, *, dtype: Any = None) -> Array:
-    """A draw of the Wishart law with identity scale: the sum of `dof` outer products of standard normal vectors; mean `dof` times I.
+    """A draw of the Wishart law with identity scale: the sum of `dof` outer products of standard normal vectors.
 
-    It has rank min(dim, dof). For `dof` of at least `dim` its Cholesky factor is drawn directly (Bartlett's decomposition).
+    Its mean is `dof` times I and its rank min(dim, dof).
 
     Raises:
         ArgumentError: `dim` or `dof` below 1.
@@ -178,9 +180,5 @@ def wishart(key: Key | int, dim: int, dof: int, *, dtype: Any = None) -> Array:
 
 @partial(jax.jit, static_argnames=("dim", "dof", "dtype"))
 def _wishart(key: Key, *, dim: int, dof: int, dtype: Any) -> Float[Array, "dim dim"]:
-    if dof < dim:
-        factor = jax.random.normal(key, (dim, dof), dtype)
-    else:
-        squares = jax.random.chisquare(stream(key, "diagonal"), jnp.arange(dof, dof - dim, -1).astype(dtype), dtype=dtype)
-        factor = jnp.tril(jax.random.normal(stream(key, "below"), (dim, dim), dtype), -1) + jnp.diag(jnp.sqrt(squares))
+    factor = jax.random.normal(key, (dim, dof), dtype)
     return _symmetrize(product(factor, factor.T))

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from theorylab.core.module import Module, count, number
 from theorylab.errors import ArgumentError, ShapeError
@@ -36,7 +37,7 @@ def _weak(whole: Array) -> Array:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_text, value)) + ")"
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return "traced"
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value:g}" if value.ndim == 0 else str(np.asarray(value).tolist())
@@ -144,9 +145,9 @@ class Staircase(Schedule):
         if len(self.values) != len(self.boundaries) + 1:
             raise ShapeError(f"Staircase: values must be one more than boundaries, got {len(self.values)} and {len(self.boundaries)}")
         for v in self.values:
-            if not isinstance(v, jax.core.Tracer) and not np.isfinite(v):
+            if not isinstance(v, Tracer) and not np.isfinite(v):
                 raise ArgumentError(f"Staircase: values must be finite, got {v:g}")
-        known = [int(b) for b in self.boundaries if not isinstance(b, jax.core.Tracer)]
+        known = [int(b) for b in self.boundaries if not isinstance(b, Tracer)]
         if any(late <= early for early, late in zip([0, *known], known)):
             raise ArgumentError(f"Staircase: boundaries must be positive and increasing, got {known}")
 

@@ -64,27 +64,32 @@ def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str |
         return jax.block_until_ready(stepping.advance(arrays, carry, plan.times, plan.numbers, np.int32(first), np.int32(until), limit, length=length,
                                                       **options))
 
-    carry, columns = stepping.open_run(arrays, plan.y0, plan.times, plan.numbers, **options)
-    values, pieces, row = [jax.tree.map(lambda a: a[None], plan.y0)], [jax.device_get(columns)], 1
+    def one_row(carry: Carry) -> tuple[PyTree, dict[str, np.ndarray]]:
+        value, columns = stepping.one_row(arrays, carry.t, carry.y, static=static, runs=plan.runs)
+        return value, jax.device_get(columns)
+
+    carry = stepping.open_run(arrays, plan.y0, plan.times, plan.numbers, **options)
+    first = one_row(carry)
+    values, pieces, row = [first[0]], [first[1]], 1
     file = None
     if checkpoint is not None:
         file = _File(Path(checkpoint), fingerprint(plan.whole, plan.y0, plan.times, plan.numbers, plan.runs))
-        found = file.read(carry, values[0], columns)
+        found = file.read(carry, *first)
         if found is not None:
             carry, values, pieces, row = found[0], [found[1]], [found[2]], found[3]
-    ended = jax.device_get(call(carry, row, 0)[3])  # compiles and takes no step
+    ended = stepping.unpack(*call(carry, row, 0)[3])  # compiles and takes no step
     compiled = time.perf_counter()
     calls, saved = 0, row
     progress.start(type(plan.whole[0]).__name__, last)
     progress.update(row - 1)
     try:
         while row <= last and (_live(ended)).any():
-            after, rows, columns, ended_after = call(carry, row, min(row + length, last + 1))
-            columns, ended_after = jax.device_get((columns, ended_after))
+            after, rows, columns, stand = call(carry, row, min(row + length, last + 1))
+            columns = jax.device_get(columns)
             take = min(length, last + 1 - row)
             values.append(jax.tree.map(lambda a: a[:take], rows))  # noqa: B023
             pieces.append({name: column[:take] for name, column in columns.items()})
-            carry, ended, row, calls = after, ended_after, row + take, calls + 1
+            carry, ended, row, calls = after, stepping.unpack(*stand), row + take, calls + 1
             progress.update(row - 1, f"t = {plan.times[row - 1]:.6g}")
             if file is not None and file.due():
                 file.write(carry, values, pieces, row)
@@ -95,22 +100,19 @@ def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str |
         progress.close()
         if file is not None and (saved != row or not file.path.exists()):
             file.write(carry, values, pieces, row)
-    value, columns = _complete(plan, carry, values, pieces, row)
+    missing = len(plan.times) - row
+    if missing:  # rows after the end repeat the last state
+        value, columns = one_row(carry)
+        values.append(jax.tree.map(lambda a: jnp.broadcast_to(a, (missing, *a.shape[1:])), value))
+        pieces.append({name: np.broadcast_to(column, (missing, *column.shape[1:])) for name, column in columns.items()})
+    value = jax.tree.map(lambda *parts: jnp.concatenate(parts), *values)
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return Watched(value, columns, ended, plan.times, compiled - began, time.perf_counter() - compiled, calls)
 
 
 def _live(ended: Ended) -> np.ndarray:
     """A lane that only waits for the next segment stands as STOPPED."""
     return ended.status == Status.STOPPED
-
-
-def _complete(plan: Plan, carry: Carry, values: list[PyTree], pieces: list[dict], row: int) -> tuple[PyTree, dict[str, np.ndarray]]:
-    """All rows; those after the last segment repeat the last state, whose columns are masked later."""
-    missing = len(plan.times) - row
-    if missing:
-        values = [*values, jax.tree.map(lambda a: jnp.broadcast_to(a, (missing, *a.shape)), carry.y)]
-        pieces = [*pieces, {name: np.broadcast_to(column[-1:], (missing, *column.shape[1:])) for name, column in pieces[-1].items()}]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *values), {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
 
 
 class _File:

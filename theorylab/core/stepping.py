@@ -284,8 +284,18 @@ def ending(carry: Carry, max_steps: Any) -> Ended:
     return Ended(carry.t, jnp.where(carry.status == Status.RUNNING, open_end, carry.status), carry.accepted, carry.rejected, carry.row, carry.event)
 
 
+def pack(ended: Ended) -> tuple[Array, Array]:
+    """An ending as two arrays, the end time and the codes, so that the host fetches two."""
+    return ended.t, jnp.stack(ended[1:])
+
+
+def unpack(t: Any, codes: Any) -> Ended:
+    """The inverse of `pack`, on the host."""
+    return Ended(np.asarray(t), *np.asarray(codes))
+
+
 def measure(flow: Any, record: Callable | None, times: Array, value: PyTree, runs: bool) -> dict[str, Array]:
-    """Metrics of the flow and of `record` at each time: names to arrays with axes (row, [run], ...)."""
+    """Metrics of the flow and of `record` at `times` and states with axes (row, [run], ...): names to arrays with these axes."""
 
     def row(t: Array, y: PyTree) -> dict[str, Array]:
         columns = {name: jnp.asarray(column) for name, column in flow.metrics(t, y).items()}
@@ -297,16 +307,23 @@ def measure(flow: Any, record: Callable | None, times: Array, value: PyTree, run
             raise ArgumentError("a recorded column is called 'time', the name of the axis of save times: choose another")
         return tree.strong(columns)
 
-    over = jax.vmap(row, in_axes=(None, 0)) if runs else row
+    over = jax.vmap(row) if runs else row
     if sum(a.size for a in jax.tree.leaves(value)) <= ROWS_AT_ONCE:
         return jax.vmap(over)(times, value)
     return lax.map(lambda at: over(*at), (times, value))  # large states: one row at a time, so that scratch memory does not grow with the rows
 
 
+def row_times(times: Array, first: Any, ended: Ended) -> Array:
+    """The time of each row of states, axes (row, [run]): save times first, first + 1, ..., and the end time in rows that were not reached."""
+    index = first + jnp.arange(times.shape[0], dtype=jnp.int32)
+    column = (-1,) + (1,) * ended.row.ndim
+    return jnp.where(index.reshape(column) < ended.row, times.reshape(column), ended.t)
+
+
 @partial(jax.jit, static_argnames=("static", "runs", "fixed"))
 def solve(arrays: list[Array], y0: PyTree, times: Array, numbers: Array, max_steps: Array, *, static: Static, runs: bool,
-          fixed: bool) -> tuple[PyTree, dict[str, Array], Ended]:
-    """A run without interruption: states with axes (row, [run], ...), recorded columns, how each lane ended."""
+          fixed: bool) -> tuple[PyTree, dict[str, Array], tuple[Array, Array]]:
+    """A run without interruption: states with axes (row, [run], ...), recorded columns, how each lane ended (packed)."""
     flow, record, solver = unbind(arrays, static)
     with jax.default_matmul_precision("highest"):
 
@@ -314,23 +331,31 @@ def solve(arrays: list[Array], y0: PyTree, times: Array, numbers: Array, max_ste
             return trajectory(flow, solver, y0, times, numbers, max_steps, fixed)[:2]
 
         value, ended = jax.vmap(lane, out_axes=(1, 0))(y0) if runs else lane(y0)
-        return value, measure(flow, record, times, value, runs), ended
+        return value, measure(flow, record, row_times(times, 0, ended), value, runs), pack(ended)
 
 
 @partial(jax.jit, static_argnames=("static", "runs", "fixed"))
-def open_run(arrays: list[Array], y0: PyTree, times: Array, numbers: Array, *, static: Static, runs: bool, fixed: bool) -> tuple[Carry, dict[str, Array]]:
-    """The carry and the recorded columns at the initial time."""
-    flow, record, solver = unbind(arrays, static)
+def open_run(arrays: list[Array], y0: PyTree, times: Array, numbers: Array, *, static: Static, runs: bool, fixed: bool) -> Carry:
+    """The carry at the initial time."""
+    flow, _, solver = unbind(arrays, static)
     with jax.default_matmul_precision("highest"):
         over = jax.vmap if runs else (lambda f: f)
-        carry = over(lambda y: begin(flow, Stepper(flow, solver, Numbers(*numbers), fixed), y, times))(y0)
-        return carry, measure(flow, record, times[:1], jax.tree.map(lambda a: a[None], y0), runs)
+        return over(lambda y: begin(flow, Stepper(flow, solver, Numbers(*numbers), fixed), y, times))(y0)
+
+
+@partial(jax.jit, static_argnames=("static", "runs"))
+def one_row(arrays: list[Array], t: Array, y: PyTree, *, static: Static, runs: bool) -> tuple[PyTree, dict[str, Array]]:
+    """The row of one state: itself and its columns, with a leading axis of one row."""
+    flow, record, _ = unbind(arrays, static)
+    with jax.default_matmul_precision("highest"):
+        t, y = jax.tree.map(lambda a: a[None], (t, y))
+        return y, measure(flow, record, t, y, runs)
 
 
 @partial(jax.jit, static_argnames=("static", "runs", "fixed", "length"))
 def advance(arrays: list[Array], carry: Carry, times: Array, numbers: Array, first: Array, until: Array, max_steps: Array, *, static: Static,
-            runs: bool, fixed: bool, length: int) -> tuple[Carry, PyTree, dict[str, Array], Ended]:
-    """One segment: the carry after it, its rows, their columns, and how each lane stands."""
+            runs: bool, fixed: bool, length: int) -> tuple[Carry, PyTree, dict[str, Array], tuple[Array, Array]]:
+    """One segment: the carry after it, its rows, their columns, and how each lane stands (packed)."""
     flow, record, solver = unbind(arrays, static)
     with jax.default_matmul_precision("highest"):
         stepper = Stepper(flow, solver, Numbers(*numbers), fixed)
@@ -341,4 +366,4 @@ def advance(arrays: list[Array], carry: Carry, times: Array, numbers: Array, fir
 
         rows, carry, ended = jax.vmap(lane, out_axes=(1, 0, 0))(carry) if runs else lane(carry)
         at = times[jnp.minimum(first + jnp.arange(length, dtype=jnp.int32), times.shape[0] - 1)]
-        return carry, rows, measure(flow, record, at, rows, runs), ended
+        return carry, rows, measure(flow, record, row_times(at, first, ended), rows, runs), pack(ended)

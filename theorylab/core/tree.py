@@ -21,7 +21,8 @@ def inexact_leaves(tree: PyTree) -> list[jax.Array]:
 
 def inner(a: PyTree, b: PyTree) -> jax.Array:
     """Sum over all entries of `a * b`, real part for complex trees."""
-    return sum((jnp.vdot(x, y).real for x, y in zip(inexact_leaves(a), inexact_leaves(b), strict=True)), start=jnp.zeros(()))
+    terms = [jnp.vdot(x, y).real for x, y in zip(inexact_leaves(a), inexact_leaves(b), strict=True)]
+    return sum(terms[1:], start=terms[0]) if terms else jnp.zeros(())  # no zero to start from: it would turn float32 into float64
 
 
 def norm(tree: PyTree) -> jax.Array:
