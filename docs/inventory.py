@@ -53,7 +53,7 @@ def public(package: str) -> list[str]:
     module = importlib.import_module(package)
     names = getattr(module, "__all__", None)
     if names is None:
-        own = [n for n, v in vars(module).items() if not isinstance(v, types.ModuleType) and _home(v).startswith("theorylab")]
+        own = [n for n, v in vars(module).items() if not isinstance(v, types.ModuleType) and _home(v).startswith(package)]
         names = [n for n in own if not n.startswith("_")]
     return sorted(n for n in names if not n.startswith("__"))
 

@@ -24,6 +24,7 @@ ROOT = runner.ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
 TEXTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if not {"generated", "assets"} & set(p.relative_to(ROOT).parts))]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+DECIMAL = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -49,11 +50,22 @@ def docstrings() -> list[tuple[str, str, int]]:
     return found
 
 
+class UpToRoundOff(doctest.OutputChecker):
+    """Numbers with a decimal point may differ by round-off, which depends on the processor; everything else must be equal."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        if super().check_output(want, got, optionflags):
+            return True
+        same_words = super().check_output(DECIMAL.sub("#", want), DECIMAL.sub("#", got), optionflags)
+        wanted, found = ([float(number) for number in DECIMAL.findall(text)] for text in (want, got))
+        return same_words and len(wanted) == len(found) and np.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def run_docstring(text: str, name: str, space: dict) -> str:
     """What doctest has to say against the examples in a docstring."""
     test = doctest.DocTestParser().get_doctest(text, space, name, None, None)
     report = io.StringIO()
-    doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(test, out=report.write)
+    doctest.DocTestRunner(UpToRoundOff(), optionflags=FLAGS, verbose=False).run(test, out=report.write)
     return report.getvalue()
 
 
@@ -95,7 +107,9 @@ def test_every_docstring_with_an_example_says_so_with_a_section():
 
 def test_a_wrong_docstring_example_is_found():
     assert "Expected" in run_docstring(">>> 1 + 1\n3\n", "wrong", {})
+    assert "Expected" in run_docstring(">>> 0.1 + 0.2\n0.3001\n", "wrong", {})
     assert not run_docstring(">>> 1 + 1\n2\n", "right", {})
+    assert not run_docstring(">>> [0.1 + 0.2, 1]\n[0.3, 1]\n", "right up to round-off", {})
 
 
 def test_blocks_are_found_with_their_lines():

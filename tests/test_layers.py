@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "theorylab"
 # a folder that is not listed is a family: layer 3
-LAYERS = {"errors": -1, "runtime": 0, "core": 1, "lab": 2, "interop": 4, "cli": 4}
+LAYERS = {"errors": -1, "runtime": 0, "core": 1, "lab": 2, "interop": 4, "cli": 4, "__main__": 5}
 LONGEST = 400
 
 

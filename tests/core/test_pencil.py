@@ -133,22 +133,34 @@ def test_orthonormalize_by_cholesky_is_gram_schmidt():
 
 @pytest.mark.parametrize("kind", ["cholesky", "polar"])
 def test_orthonormalize_is_orthonormal_to_round_off_for_nearly_dependent_columns(kind):
-    near = np.stack([X[:, 0], X[:, 0] + 1e-6 * X[:, 1]], axis=1)
+    near = np.stack([X[:, 0], X[:, 0] + 1e-7 * X[:, 1]], axis=1)  # the Gram matrix has condition 1e14
     q = np.asarray(pencil.orthonormalize(near, None, kind))
     np.testing.assert_allclose(q.T @ q, np.eye(P), atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["cholesky", "polar"])
+def test_compiled_orthonormalize_of_dependent_columns_is_nan_and_never_a_wrong_basis(kind):
+    flat = np.stack([X[:, 0], np.zeros(N)], axis=1)
+    assert np.isnan(jax.jit(lambda x: pencil.orthonormalize(x, B, kind))(flat)).any()
 
 
 def test_polar_is_the_nearest_basis():
     lower = np.linalg.cholesky(B)
     expected = np.linalg.solve(lower.T, scipy.linalg.polar(lower.T @ X)[0])
     np.testing.assert_allclose(pencil.polar(X, B), expected, atol=1e-13)
+    uneven = X * np.array([1.0, 1e-7])
+    np.testing.assert_allclose(pencil.polar(uneven), scipy.linalg.polar(uneven)[0], atol=1e-13)
 
 
-def test_derivative_of_polar_at_an_orthonormal_basis_is_the_projection_to_the_tangent_space():
+def test_derivative_of_polar_at_an_orthonormal_basis_is_the_tangent_projection_and_the_second_is_finite():
     base, change = np.linalg.qr(X)[0], Y
-    found = jax.jit(lambda t: jax.jvp(lambda t: pencil.polar(base + t * change), (t,), (1.0,))[1])(0.0)
+    along = lambda t: pencil.polar(base + t * change)
+    slope = lambda t: jax.jvp(along, (t,), (1.0,))[1]
+    first, second = jax.jit(lambda t: (slope(t), jax.jvp(slope, (t,), (1.0,))[1]))(0.0)
     overlap = base.T @ change
-    np.testing.assert_allclose(found, change - base @ (overlap + overlap.T) / 2, atol=1e-13)
+    np.testing.assert_allclose(first, change - base @ (overlap + overlap.T) / 2, atol=1e-13)
+    exact = [scipy.linalg.polar(base + t * change)[0] for t in (1e-4, 0.0, -1e-4)]
+    np.testing.assert_allclose(second, (exact[0] - 2 * exact[1] + exact[2]) / 1e-8, atol=1e-6)
 
 
 # Angles.

@@ -103,7 +103,7 @@ def symmetric(name: str, value: Any, dim: int | None = None, *, batched: bool = 
             where = tuple(int(i) for i in np.unravel_index(np.argmax(excess), gap.shape))
             mirror = (*where[:-2], where[-1], where[-2])
             raise MatrixError(f"{name} must be symmetric, got {host[where]:.6g} at {where} and {host[mirror]:.6g} at {mirror}; "
-                              f"pass ({name} + {name}.T) / 2 if the difference is noise")
+                              f"if the difference is noise, pass symmetrize({name})")
     return matrix
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from theorylab.core import checks
-from theorylab.core.psd import _cut, _inv_sqrtm, _sqrtm, _symmetrize, product, rank_cut
+from theorylab.core.psd import _cut, _lyapunov, _sqrtm, _symmetrize, product, rank_cut
 from theorylab.errors import MatrixError, ShapeError
 
 Matrices = Float[Array, "*batch n n"]
@@ -159,7 +159,7 @@ def orthonormalize(x: Any, b: Any = None, kind: str = "cholesky") -> Array:
     r"""A B-orthonormal basis Q of the span of the columns of x: $Q^\top B Q = I$.
 
     The Gram matrix $x^\top B x$ is factored twice, so that Q is orthonormal to round-off as long as the factor exists (condition
-    of x in B up to about the inverse root of round-off).
+    of x in B up to about the inverse root of round-off). Compiled code answers dependent columns with NaN.
 
     Args:
         x: shape (..., n, p) with p at most n.
@@ -232,15 +232,33 @@ def _orthonormalize(x: Columns, apply: Product, kind: str) -> tuple[Columns, Arr
     def gram(x: Array) -> Array:
         return _symmetrize(product(x.mT, apply(x)))
 
-    def once(x: Array, g: Array) -> Array:
-        if kind == "polar":
-            return product(x, _inv_sqrtm(g, _cut("cut", None, g)))
-        lower = jnp.linalg.cholesky(g, symmetrize_input=False)
+    def divide(x: Array, lower: Array) -> Array:
         return lax.linalg.triangular_solve(lower, x, left_side=False, lower=True, transpose_a=True)
 
     first = gram(x)
-    x = once(x, first)
-    return once(x, gram(x)), first
+    coarse = jnp.linalg.cholesky(first, symmetrize_input=False)
+    x = divide(x, coarse)
+    fine = jnp.linalg.cholesky(gram(x), symmetrize_input=False)
+    x = divide(x, fine)  # now the argument is x (coarse fine)'
+    return (product(x, _orthogonal_factor(product(fine.mT, coarse.mT))) if kind == "polar" else x), first
+
+
+@jax.custom_jvp
+def _orthogonal_factor(r: Matrices) -> Matrices:
+    """The orthogonal factor u of the polar decomposition r = u h of an invertible matrix."""
+    left, _, right = jnp.linalg.svd(r)
+    return product(left, right)
+
+
+@_orthogonal_factor.defjvp
+def _orthogonal_factor_rule(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # u' du is skew and solves h w + w h = u' dr - dr' u.
+    (r,), (dr,) = primals, tangents
+    u = _orthogonal_factor(r)
+    stretch, turned = _symmetrize(product(u.mT, r)), product(u.mT, dr)
+    values, vectors = jnp.linalg.eigh(lax.stop_gradient(stretch))
+    total = values[..., :, None] + values[..., None, :]
+    return u, product(u, _lyapunov(values, vectors, stretch, turned - turned.mT, total > 0))
 
 
 def principal_angles(x: Any, y: Any, b: Any = None) -> Array:

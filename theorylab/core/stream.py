@@ -183,8 +183,8 @@ class BlockReader:
         if current is not None and current.first <= step < current.end:
             return current
         self._get_model()
-        reading = self._ahead if self._ahead is not None and self._ahead.first == step else self._begin(step)
         began = time.perf_counter()
+        reading = self._ahead if self._ahead is not None and self._ahead.first == step else self._begin(step)
         try:
             block = reading.result()
         finally:

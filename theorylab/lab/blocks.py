@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -9,7 +10,7 @@ import itertools
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,8 @@ def traced(tree: PyTree) -> PyTree:
         if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise PrecisionError(f"params holds a {leaf.dtype} array and 64-bit mode is off: convert it, or unset the environment variable "
                                  "JAX_ENABLE_X64 before theorylab is imported")
+        if isinstance(leaf, np.generic) and leaf.dtype.name in ("float64", "int64", "complex128"):      # from iterating over an array
+            leaf = leaf.item()
         number = isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
         return jnp.asarray(leaf) if number or isinstance(leaf, (np.ndarray, np.generic)) else leaf
 
@@ -272,7 +275,12 @@ def ranks(rank: int | None, world: int | None, meet: bool) -> tuple[int, int, st
         return jax.process_index(), jax.process_count(), "jax.distributed"
     for name, size in QUEUES:
         if meet and name in os.environ and size in os.environ:
-            return *ranks(int(os.environ[name]), int(os.environ[size]), meet)[:2], name
+            try:
+                place, many = int(os.environ[name]), int(os.environ[size])
+            except ValueError:
+                raise ArgumentError(f"{name}={os.environ[name]!r} and {size}={os.environ[size]!r} are not whole numbers; "
+                                    "pass rank and world") from None
+            return *ranks(place, many, meet)[:2], name
     return 0, 1, "one process"
 
 
@@ -288,10 +296,11 @@ def execute(plans: Sequence[Plan], rank: int, world: int, client: Any, progress:
     progress.start("sweep", sum(plan.total for plan in plans))
     progress.update(done)
     try:
-        for plan, block, columns in _remote(todo, client) if client is not None else _local(todo):
-            _keep(plan, block, columns)
-            done += plan.count(block)
-            progress.update(done)
+        with contextlib.closing(_local(todo) if client is None else _remote(todo, client)) as results:
+            for plan, block, columns in results:
+                _keep(plan, block, columns)
+                done += plan.count(block)
+                progress.update(done)
     except KeyboardInterrupt:
         return False
     finally:
@@ -300,17 +309,19 @@ def execute(plans: Sequence[Plan], rank: int, world: int, client: Any, progress:
 
 
 Jobs = Sequence[tuple[Plan, int]]
+Finished = Generator[tuple[Plan, int, dict[str, np.ndarray]], None, None]
 
 
-def _local(todo: Jobs) -> Iterator[tuple[Plan, int, dict[str, np.ndarray]]]:
+def _local(todo: Jobs) -> Finished:
     mesh = local_mesh()
-    for plan, group in itertools.groupby(todo, key=lambda job: job[0]):
-        task = placed(plan.task, mesh)
-        for _, block in group:
+    for _, group in itertools.groupby(todo, key=lambda job: id(job[0])):
+        jobs = list(group)
+        plan, task = jobs[0][0], placed(jobs[0][0].task, mesh)
+        for _, block in jobs:
             yield plan, block, compute(task, mesh, block * plan.chunk, plan.count(block), min(plan.chunk, plan.total))
 
 
-def _remote(todo: Jobs, client: Any) -> Iterator[tuple[Plan, int, dict[str, np.ndarray]]]:
+def _remote(todo: Jobs, client: Any) -> Finished:
     """Blocks from the workers of a Dask client, as they come."""
     import cloudpickle
     from distributed import as_completed

@@ -123,19 +123,19 @@ class Direction(Module):
 
 
 class Desingularized(Flow):
-    r"""The covariance flow in a clock that never ends: both blow-up and decay become convergence of a bounded direction.
+    r"""The covariance flow in a clock that never ends: blow-up, growth, decay and freezing all become convergence of a bounded direction.
 
     With $\rho = \log\operatorname{tr}\Sigma$, $R = L e^{-\rho/2}$, $D = B(e^{\rho/2}R)\,R$ and $c = \langle R, D\rangle$,
 
-    $$ \frac{dR}{dt} = D - cR, \qquad \frac{d\rho}{dt} = 2c. $$
+    $$ \frac{dR}{dt} = D - cR, \qquad \frac{d\rho}{dt} = 2c, \qquad \frac{ds}{dt} = \sqrt{\|D\|^2 + (t + 1/\pi)^{-2}} $$
 
-    Softmax is homogeneous, so the clock $d\tau = \kappa\operatorname{tr}\Sigma\,dt$ makes $R$ autonomous, and a blow-up is reached at
-    $t^* = t + e^{-\rho}/(2c)$ with $c$ taken at $R$. Other variants use $ds = (\kappa^2 + \rho'^2)^{1/2}\,dt$ and
-    $t^* = t - u/(du/dt)$ with $u = 1/\rho'$, which needs no exponent of the blow-up.
-    The constant $\kappa$ is the size of the weights, so that the clock has no unit. The times given to `integrate` are times of this clock.
+    where $\pi$ (`pace`) bounds $\|D\|$ through the size of the weights. Near a blow-up the clock $s$ is half the logarithm of the trace,
+    elsewhere it is the logarithm of the time, so steps of order one suffice throughout. A blow-up is reached at $t^* = t - u / (du/dt)$ with
+    $u = 1/\rho'$, whatever its exponent; softmax is homogeneous, which fixes the exponent, and $t^* = t + u$.
 
     A run ends with `BLOWUP` when $t^*$ is certain to round-off and with `CONVERGED` when the covariance is at rest, decays along a settled
-    direction, or grows without blow-up; a run that reaches the end of its clock has not been decided.
+    direction, or grows without acceleration; a run that reaches the end of its clock has not been decided. The times given to `integrate`
+    are times of this clock.
 
     Args:
         attention: a variant that maps Gaussians to Gaussians and whose covariance does not feel the mean.
@@ -144,7 +144,7 @@ class Desingularized(Flow):
         >>> from theorylab import transformer_pde as tp
         >>> flow = tp.Desingularized(tp.Softmax(jnp.eye(2), jnp.eye(2), 1.0))
         >>> sol = tl.integrate(flow, tp.Gaussian.standard(2), jnp.array([0.0, 100.0]))
-        >>> sol.status.name, round(float(flow.blow_up_time(tp.last(sol.value))), 9)
+        >>> sol.status.name, round(float(sol.history["blow_up_time"][-1]), 9)
         ('BLOWUP', 0.5)
     """
 
@@ -163,44 +163,42 @@ class Desingularized(Flow):
         safe = jnp.where(trace > 0, trace, 1.0).astype(factor.dtype)                    # the zero covariance stays at R = 0
         return Direction(factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe), jnp.zeros_like(safe))
 
-    def weight_size(self) -> Array:
-        r"""The constant $\kappa$: $\|V\|\,\|A\|$ for softmax, $\|V\|\,\|A\| / \|P\|$ otherwise (Frobenius norms, 1 if zero)."""
-        size = jnp.linalg.norm(self.attention.value_matrix) * jnp.linalg.norm(self.attention.A)
-        if self.attention.degree is None:
-            size = _ratio(size, jnp.linalg.norm(self.attention.P))
-        return jnp.where(size > 0, size, 1.0).astype(size.dtype)
+    def pace(self, y: Direction) -> Array:
+        r"""A bound of $\|D\|$ from norms of the weights, 1 if they vanish: $\|V\|\|A\|\operatorname{tr}\Sigma$, saturating for L2."""
+        head = self.attention
+        size = jnp.linalg.norm(head.value_matrix) * jnp.linalg.norm(head.A)
+        trace = jnp.exp(y.log_trace)
+        bound = size * trace if head.degree == 2 else 2 * size * trace / (1 + 2 * jnp.linalg.norm(head.P) * trace)
+        return jnp.where(bound > 0, bound, 1.0).astype(trace.dtype)
 
     def rates(self, y: Direction) -> tuple[Array, Array, Array]:
-        r"""$D / s$, $c / s$ and $dt/d\text{clock}$, where $s$ is the speed of the clock."""
-        factor = y.matrix if self.attention.degree == 2 else jnp.exp(y.log_trace / 2) * y.matrix
-        drift = self.attention.factor_velocity(jnp.zeros(factor.shape[0], factor.dtype), factor)[1]
-        kappa = self.weight_size()
-        if self.attention.degree == 2:
-            drift = drift / kappa
-            return drift, _ratio((y.matrix * drift).sum(), y.square()), jnp.exp(jnp.minimum(-y.log_trace, _exponent(factor))) / kappa
-        drift = drift * jnp.exp(-y.log_trace / 2)
+        r"""$D$, $c$ and $ds/dt$."""
+        factor = jnp.exp(y.log_trace / 2) * y.matrix
+        drift = self.attention.factor_velocity(jnp.zeros(factor.shape[0], factor.dtype), factor)[1] * jnp.exp(-y.log_trace / 2)
         growth = _ratio((y.matrix * drift).sum(), y.square())
-        speed = jnp.sqrt(kappa**2 + 4 * growth**2)
-        return drift / speed, growth / speed, 1 / speed
+        return drift, growth, jnp.sqrt((drift * drift).sum() + (y.time + 1 / self.pace(y)) ** -2)
 
     def field(self, t: Array, y: Direction) -> Direction:
-        drift, growth, slowness = self.rates(y)
-        # the last term holds the norm at one, which rounding would leave while the trace decays; it is zero on exact solutions
-        return Direction(drift - (growth + jnp.abs(growth) * (y.square() - 1)) * y.matrix, 2 * growth, slowness)
+        drift, growth, speed = self.rates(y)
+        # the norm of R is neutral on exact solutions; the last term keeps rounding from carrying it away
+        return Direction((drift - (growth + jnp.abs(growth) * (y.square() - 1)) * y.matrix) / speed, 2 * growth / speed, 1 / speed)
 
     def remaining(self, y: Direction) -> Array:
         """Time from now to the blow-up by extrapolation, infinite where the trace does not point to one."""
-        _, growth, slowness = self.rates(y)
+        rising = self.rates(y)[1] > 0
         if self.attention.degree == 2:
-            return jnp.where(growth > 0, slowness / (2 * jnp.where(growth > 0, growth, 1.0)), jnp.inf)
+            return jnp.where(rising, self._inverse_rate(y), jnp.inf)
+        u, slope = self._inverse_rate(y), self._slope(y)
+        falling = rising & (slope < 0)
+        return jnp.where(falling, -u / jnp.where(falling, slope, -1.0), jnp.inf)
 
-        def inverse_rate(z: Direction) -> Array:
-            _, c, slow = self.rates(z)
-            return slow / (2 * jnp.where(jnp.abs(c) > 0, c, 1.0))
+    def _inverse_rate(self, y: Direction) -> Array:
+        c = self.rates(y)[1]
+        return 1 / (2 * jnp.where(jnp.abs(c) > 0, c, 1.0))
 
-        u, du = jax.jvp(inverse_rate, (y,), (self.field(y.time, y),))
-        falling = (growth > 0) & (du < 0)
-        return jnp.where(falling, -u * slowness / jnp.where(falling, du, -1.0), jnp.inf)
+    def _slope(self, y: Direction) -> Array:
+        r"""$du/dt$ of $u = 1/\rho'$: $-1/p$ before a blow-up like $(t^* - t)^{-p}$, 0 in exponential growth, large on the way to rest."""
+        return jax.jvp(self._inverse_rate, (y,), (self.field(y.time, y),))[1] * self.rates(y)[2]
 
     def blow_up_time(self, y: Direction) -> Array:
         """The estimate of the blow-up time at a state; it converges along a run."""
@@ -211,9 +209,9 @@ class Desingularized(Flow):
         rest = self.remaining(y)
         return rest < 1000 * jnp.finfo(rest.dtype).eps * (y.time + rest)
 
-    def is_at_rest(self, t: Array, y: Direction) -> Array:
-        r"""Whether the covariance has stopped moving: also an approach like $1/t$ would change it by less than 1e-8 of its trace."""
-        return (1 + t) * jnp.linalg.norm(self.motion(y)) < _level(y, 1e-8)
+    def is_at_rest(self, y: Direction) -> Array:
+        r"""Whether $t\,\|\Sigma'\|$ is below 1e-8 of the trace: an approach like $1/t$ would change no more than that."""
+        return jnp.linalg.norm(self.motion(y)) < _level(y, 1e-8) * self.rates(y)[2]
 
     def is_settled(self, y: Direction) -> Array:
         r"""Whether $R R^\top$ has converged while the trace goes on shrinking; $R$ itself may go on turning."""
@@ -221,26 +219,28 @@ class Desingularized(Flow):
         return (growth < 0) & (jnp.linalg.norm(self.motion(y) - 2 * growth * y.cov) < _level(y, 1e-8) * jnp.abs(growth))
 
     def is_growing(self, y: Direction) -> Array:
-        """Whether the keys have grown to 1e12 and the trace does not accelerate; never for softmax, where that is a blow-up.
+        """Whether the trace grows steadily and has come so far that rounding will soon hide what drives it.
 
-        Beyond that size the digits of the other directions are lost in the kernel of the keys.
+        That is a growth below 1e-4 of its bound for softmax, keys of size 1e10 for L2, or a trace beyond e^80 in units of the keys.
         """
+        _, growth, speed = self.rates(y)
         if self.attention.degree == 2:
-            return jnp.asarray(False)
-        _, growth, slowness = self.rates(y)
-        keys = self.attention.K @ y.matrix
-        large = y.log_trace + jnp.log(self.attention.scale * (keys * keys).sum() + jnp.finfo(keys.dtype).tiny) > math.log(1e12)
-        # near a blow-up like (t* - t)^-p the time that is left is p / 2c: 50 of them mean that there is none
-        return large & (growth > 0) & (2 * growth * self.remaining(y) > 50 * slowness)
+            far = growth < 1e-4 * self.pace(y)
+        else:
+            keys = self.attention.K @ y.matrix
+            tiny = jnp.finfo(keys.dtype).tiny
+            far = y.log_trace + jnp.log(self.attention.scale * (keys * keys).sum() + tiny) > math.log(1e10)
+            far = far | (y.log_trace + jnp.log(jnp.linalg.norm(self.attention.P) + tiny) > 80)
+        slope = self._slope(y)
+        return far & (growth > 0.05 * speed) & (slope > -0.02) & (slope < 5)
 
     def motion(self, y: Direction) -> Float[Array, "d d"]:
-        """The derivative of the covariance in the clock, in units of the trace."""
-        drift, _, _ = self.rates(y)
-        return 2 * _symmetric(drift @ y.matrix.T)
+        r"""$\Sigma' / \operatorname{tr}\Sigma$."""
+        return 2 * _symmetric(self.rates(y)[0] @ y.matrix.T)
 
     def metrics(self, t: Array, y: Direction) -> dict[str, Array]:
-        r"""`blow_up_time` (the running estimate), `log_trace`, `depth` (the time $t$) and `growth`, the rate $c$ in the clock."""
-        return {"blow_up_time": self.blow_up_time(y), "log_trace": y.log_trace, "depth": y.time, "growth": self.rates(y)[1]}
+        r"""`blow_up_time` (the running estimate), `log_trace`, `depth` (the time $t$) and `growth`, the rate $2c$ of the trace."""
+        return {"blow_up_time": self.blow_up_time(y), "log_trace": y.log_trace, "depth": y.time, "growth": 2 * self.rates(y)[1]}
 
     def size(self, y: Direction) -> Array:
         """Constant: nothing grows in this clock."""
@@ -248,8 +248,8 @@ class Desingularized(Flow):
 
     def events(self) -> tuple[Event, ...]:
         """Blow-up, rest, decay and growth."""
-        return (Event("blow-up", lambda t, y: self.is_blow_up(y), Status.BLOWUP),
-                Event("rest, decay or growth", lambda t, y: self.is_at_rest(t, y) | self.is_settled(y) | self.is_growing(y), Status.CONVERGED))
+        return (Event("blow-up", lambda s, y: self.is_blow_up(y), Status.BLOWUP),
+                Event("rest, decay or growth", lambda s, y: self.is_at_rest(y) | self.is_settled(y) | self.is_growing(y), Status.CONVERGED))
 
 
 def last(states: Any) -> Any:
@@ -270,11 +270,6 @@ def _ratio(top: Array, bottom: Array) -> Array:
 def _level(y: Direction, level: float) -> float:
     """A decision level that a float32 run can reach."""
     return max(level, 100 * float(jnp.finfo(y.matrix.dtype).eps))
-
-
-def _exponent(like: Array) -> float:
-    """The largest exponent kept in exp, below overflow."""
-    return 80.0 if like.dtype == jnp.float32 else 650.0
 
 
 def _affine(feed_forward: Any, dim: int) -> tuple[Array, Array]:

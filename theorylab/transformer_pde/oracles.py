@@ -19,9 +19,9 @@ from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 
 Array = jax.Array
 
-CLOCK_END = 1e12
-"""End of the desingularized clock: an approach like 1/t has then gone beyond the level of `Desingularized.is_at_rest`."""
-STEPS = 4000
+CLOCK_END = 1000.0
+"""End of the desingularized clock; it counts e-folds of the time and of the trace, so what is not decided by then rotates."""
+STEPS = 2000
 """Steps after which a lane that still moves (a rotation, weights of very different sizes) is left undecided."""
 PERSISTENT = 0.5
 """An eigenvalue belongs to the limit if extrapolation to infinite time keeps this fraction of it; one that decays like 1/t loses all."""
@@ -234,16 +234,16 @@ def _run(attention: Attention, factor: Float[Array, "d r"]) -> tuple[Limit, Arra
 def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Array]:
     """Regime, limit and blow-up time from the state at which a run ended."""
     attention = flow.attention
-    drift, _, slowness = flow.rates(y)
+    drift, _, speed = flow.rates(y)
     ended, blows = status == Status.CONVERGED, status == Status.BLOWUP
     grows, settled = ended & flow.is_growing(y), ended & flow.is_settled(y)
     rests = ended & ~grows & ~settled
     empty = (y.matrix == 0).all()
-    turns = jnp.linalg.norm(drift) > 1e-3                                            # at rest, a frozen state has a drift below 1e-4
+    turns = jnp.linalg.norm(drift) > 1e-3 * speed                                        # at rest, a frozen state has a drift below 1e-4
     kind = jnp.where(blows, Regime.BLOWUP, jnp.where(grows, Regime.GROWING, jnp.where(settled | (rests & empty), Regime.ZERO, jnp.where(
         rests, jnp.where(turns, Regime.ROTATING, Regime.FROZEN), Regime.UNDECIDED))))
 
-    tail = jnp.where(rests, y.time / slowness, 0.0) * flow.motion(y)                 # t times the derivative: what a 1/t tail still has to go
+    tail = jnp.where(rests, y.time, 0.0) * flow.motion(y)                 # t times the derivative: what a 1/t tail still has to go
     direction = y.cov + tail
     values, before = jnp.linalg.eigvalsh(direction), jnp.linalg.eigvalsh(y.cov)
     rank = (values > jnp.maximum(PERSISTENT * before, FAINT * before[-1])).sum(dtype=jnp.int32)
