@@ -20,7 +20,7 @@ from theorylab.core.schedule import (
     Staircase as Staircase,
 )
 from theorylab.core.solution import History as History, Solution as Solution, Stats as Stats, Status as Status
-from theorylab.core.stop import And as And, Below as Below, Or as Or, Stalled as Stalled, Stop as Stop
+from theorylab.core.stop import Above as Above, And as And, Below as Below, Or as Or, Stalled as Stalled, Stop as Stop
 from theorylab.core.store import load as load
 from theorylab.core.stream import Batches as Batches, Stream as Stream, fold as fold
 from theorylab.lab.claims import claim as claim

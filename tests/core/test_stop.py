@@ -32,6 +32,12 @@ def test_below_is_met_at_the_first_number_under_the_level(values, level):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
+@given(numbers, st.floats(1e-2, 1e2))
+def test_above_is_met_at_the_first_number_over_the_level(values, level):
+    assert first_hit(tl.Above("gap", level), values) == next((i for i, v in enumerate(values) if v > level), None)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(numbers, st.integers(1, 4))
 def test_stalled_counts_rows_since_the_last_improvement(values, patience):
     best, idle, expected = np.inf, 0, None

@@ -70,13 +70,14 @@ def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str |
 
     carry = stepping.open_run(arrays, plan.y0, plan.times, plan.numbers, **options)
     first = one_row(carry)
-    values, pieces, row = [first[0]], [first[1]], 1
+    values, pieces, row, old = [first[0]], [first[1]], 1, None
     file = None
     if checkpoint is not None:
         file = _File(Path(checkpoint), fingerprint(plan.whole, plan.y0, plan.times, plan.numbers, plan.runs))
         found = file.read(carry, *first)
         if found is not None:
-            carry, values, pieces, row = found[0], [found[1]], [found[2]], found[3]
+            carry, row = found[0], found[3]
+            values, pieces, row, old = _reopen(carry, found[1], found[2], row)
     ended = stepping.unpack(*call(carry, row, 0)[3])  # compiles and takes no step
     compiled = time.perf_counter()
     calls, saved = 0, row
@@ -87,8 +88,11 @@ def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str |
             after, rows, columns, stand = call(carry, row, min(row + length, last + 1))
             columns = jax.device_get(columns)
             take = min(length, last + 1 - row)
-            values.append(jax.tree.map(lambda a: a[:take], rows))  # noqa: B023
-            pieces.append({name: column[:take] for name, column in columns.items()})
+            rows, columns = jax.tree.map(lambda a: a[:take], (rows, columns))  # noqa: B023
+            if old is not None:
+                rows, columns = old.keep(row, rows, columns)
+            values.append(rows)
+            pieces.append(columns)
             carry, ended, row, calls = after, stepping.unpack(*stand), row + take, calls + 1
             progress.update(row - 1, f"t = {plan.times[row - 1]:.6g}")
             if file is not None and file.due():
@@ -113,6 +117,37 @@ def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str |
 def _live(ended: Ended) -> np.ndarray:
     """A lane that only waits for the next segment stands as STOPPED."""
     return ended.status == Status.STOPPED
+
+
+class _Old(NamedTuple):
+    """Rows from a checkpoint, of which each lane has reached so many."""
+
+    value: PyTree
+    columns: dict[str, np.ndarray]
+    reached: np.ndarray
+    count: int
+
+    def keep(self, first: int, value: PyTree, columns: dict[str, np.ndarray]) -> tuple[PyTree, dict[str, np.ndarray]]:
+        """Rows first, first + 1, ... with those put back that a lane has reached before."""
+        count = max(0, min(self.count - first, len(next(iter(jax.tree.leaves(value))))))
+        kept = first + np.arange(count)[:, None] < self.reached
+
+        def put(new: Any, old: Any) -> Any:
+            mask = kept.reshape(kept.shape + (1,) * (new.ndim - 2))
+            numpy = np if isinstance(new, np.ndarray) else jnp
+            return numpy.concatenate([numpy.where(mask, old[first : first + count], new[:count]), new[count:]])
+
+        return jax.tree.map(put, value, self.value), {name: put(column, self.columns[name]) for name, column in columns.items()}
+
+
+def _reopen(carry: Carry, value: PyTree, columns: dict[str, np.ndarray], row: int) -> tuple[list[PyTree], list[dict], int, _Old | None]:
+    """Where to go on from a checkpoint: at the first save time that an open lane has not reached. A run that had come to its step limit
+    stands before the last row of the file; a batch then keeps the rows of the lanes that are further."""
+    reached, count = np.asarray(carry.row), row
+    waiting = reached[np.asarray(carry.status) == Status.RUNNING]
+    row = int(min(row, waiting.min(initial=row)))
+    old = _Old(value, columns, reached, count) if row < count and reached.ndim else None
+    return [jax.tree.map(lambda a: a[:row], value)], [{name: column[:row] for name, column in columns.items()}], row, old
 
 
 class _File:

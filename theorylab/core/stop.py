@@ -73,6 +73,24 @@ class Below(Stop):
                                  f"under {floor:.1e} be tested; raise the level or pass data of higher precision")
 
 
+class Above(Stop):
+    """Met when every entry of the metric `name` is above `level`: an explosion, a reward, a likelihood.
+
+    Example:
+        >>> bool(Above("trace", 1e3)((), {"trace": jnp.asarray(2e3)})[1])
+        True
+    """
+
+    name: str = choice()
+    level: Any = number()
+
+    def __call__(self, memory: Any, row: Row) -> tuple[Any, jax.Array]:
+        return memory, jnp.all(_named(self, self.name, row) > self.level)
+
+    def check(self, row: Row) -> None:
+        _named(self, self.name, row)
+
+
 class Stalled(Stop):
     """Met when the metric `name` (its largest entry) has not improved by the fraction `relative` for `patience` rows in a row."""
 

@@ -1,0 +1,23 @@
+"""The Transformer PDE on Gaussian measures: moment equations, closed forms, limits and blow-up, and the particles behind them."""
+
+from theorylab.transformer_pde.attention import (
+    L2 as L2,
+    Attention as Attention,
+    Softmax as Softmax,
+    Velocity as Velocity,
+    random_attention as random_attention,
+    velocity as velocity,
+)
+from theorylab.transformer_pde.closed_forms import closed_form as closed_form
+from theorylab.transformer_pde.flow import Desingularized as Desingularized, Direction as Direction, GaussianFlow as GaussianFlow, last as last
+from theorylab.transformer_pde.gaussian import Cloud as Cloud, Gaussian as Gaussian, effective_rank as effective_rank, moments as moments
+from theorylab.transformer_pde.layers import OfficialEuler as OfficialEuler, ResidualLayers as ResidualLayers
+from theorylab.transformer_pde.oracles import (
+    Limit as Limit,
+    Regime as Regime,
+    blow_up_time as blow_up_time,
+    energy as energy,
+    limit as limit,
+    regime as regime,
+)
+from theorylab.transformer_pde.particles import Particles as Particles

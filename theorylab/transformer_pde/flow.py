@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from theorylab.core.module import Module, choice, square
 from theorylab.core.problem import Event, Flow
@@ -122,6 +121,24 @@ class Direction(Module):
         return (self.matrix * self.matrix).sum((-1, -2))
 
 
+class Signs(NamedTuple):
+    r"""What a state of `Desingularized` points to.
+
+    Attributes:
+        blow_up_time: the extrapolated blow-up time, infinite where the trace does not point to one.
+        certain: it is certain to round-off.
+        at_rest: $t\,\|\Sigma'\|$ is below 1e-8 of the trace: an approach like $1/t$ would change no more than that.
+        settled: $\Sigma / \operatorname{tr}\Sigma$ has converged while the trace goes on shrinking.
+        growing: the trace grows without acceleration, and has come far: the growth is below 1e-4 of its bound (softmax), or the keys exceed 1e10 (L2).
+    """
+
+    blow_up_time: Array
+    certain: Array
+    at_rest: Array
+    settled: Array
+    growing: Array
+
+
 class Desingularized(Flow):
     r"""The covariance flow in a clock that never ends: blow-up, growth, decay and freezing all become convergence of a bounded direction.
 
@@ -179,77 +196,56 @@ class Desingularized(Flow):
         return drift, growth, jnp.sqrt((drift * drift).sum() + (y.time + 1 / self.pace(y)) ** -2)
 
     def field(self, t: Array, y: Direction) -> Direction:
-        drift, growth, speed = self.rates(y)
+        return self._field(y, *self.rates(y))
+
+    def _field(self, y: Direction, drift: Array, growth: Array, speed: Array) -> Direction:
         # the norm of R is neutral on exact solutions; the last term keeps rounding from carrying it away
         return Direction((drift - (growth + jnp.abs(growth) * (y.square() - 1)) * y.matrix) / speed, 2 * growth / speed, 1 / speed)
 
-    def remaining(self, y: Direction) -> Array:
-        """Time from now to the blow-up by extrapolation, infinite where the trace does not point to one."""
-        rising = self.rates(y)[1] > 0
-        if self.attention.degree == 2:
-            return jnp.where(rising, self._inverse_rate(y), jnp.inf)
-        u, slope = self._inverse_rate(y), self._slope(y)
-        falling = rising & (slope < 0)
-        return jnp.where(falling, -u / jnp.where(falling, slope, -1.0), jnp.inf)
-
-    def _inverse_rate(self, y: Direction) -> Array:
-        c = self.rates(y)[1]
-        return 1 / (2 * jnp.where(jnp.abs(c) > 0, c, 1.0))
-
-    def _slope(self, y: Direction) -> Array:
-        r"""$du/dt$ of $u = 1/\rho'$: $-1/p$ before a blow-up like $(t^* - t)^{-p}$, 0 in exponential growth, large on the way to rest."""
-        return jax.jvp(self._inverse_rate, (y,), (self.field(y.time, y),))[1] * self.rates(y)[2]
-
-    def blow_up_time(self, y: Direction) -> Array:
-        """The estimate of the blow-up time at a state; it converges along a run."""
-        return y.time + self.remaining(y)
-
-    def is_blow_up(self, y: Direction) -> Array:
-        """Whether the blow-up time is certain to round-off."""
-        rest = self.remaining(y)
-        return rest < 1000 * jnp.finfo(rest.dtype).eps * (y.time + rest)
-
-    def is_at_rest(self, y: Direction) -> Array:
-        r"""Whether $t\,\|\Sigma'\|$ is below 1e-8 of the trace: an approach like $1/t$ would change no more than that."""
-        return jnp.linalg.norm(self.motion(y)) < _level(y, 1e-8) * self.rates(y)[2]
-
-    def is_settled(self, y: Direction) -> Array:
-        r"""Whether $R R^\top$ has converged while the trace goes on shrinking; $R$ itself may go on turning."""
-        growth = self.rates(y)[1]
-        return (growth < 0) & (jnp.linalg.norm(self.motion(y) - 2 * growth * y.cov) < _level(y, 1e-8) * jnp.abs(growth))
-
-    def is_growing(self, y: Direction) -> Array:
-        """Whether the trace grows steadily and has come so far that rounding will soon hide what drives it.
-
-        That is a growth below 1e-4 of its bound for softmax, keys of size 1e10 for L2, or a trace beyond e^80 in units of the keys.
-        """
-        _, growth, speed = self.rates(y)
-        if self.attention.degree == 2:
-            far = growth < 1e-4 * self.pace(y)
+    def signs(self, y: Direction) -> Signs:
+        """All that decides what a state is on its way to, from one look at the velocity and at its derivative along the flow."""
+        drift, growth, speed = self.rates(y)
+        some = jnp.abs(growth) > 0
+        u = 1 / (2 * jnp.where(some, growth, 1.0))
+        change = jax.jvp(lambda z: self.rates(z)[1], (y,), (self._field(y, drift, growth, speed),))[1] * speed
+        slope = jnp.where(some, -2 * u * u * change, 0.0)
+        rising = growth > 0
+        if self.attention.degree == 2:                                                # homogeneity fixes the slope at -1
+            remaining = jnp.where(rising, u, jnp.inf)
         else:
-            keys = self.attention.K @ y.matrix
-            tiny = jnp.finfo(keys.dtype).tiny
-            far = y.log_trace + jnp.log(self.attention.scale * (keys * keys).sum() + tiny) > math.log(1e10)
-            far = far | (y.log_trace + jnp.log(jnp.linalg.norm(self.attention.P) + tiny) > 80)
-        slope = self._slope(y)
-        return far & (growth > 0.05 * speed) & (slope > -0.02) & (slope < 5)
+            falling = rising & (slope < 0)
+            remaining = jnp.where(falling, -u / jnp.where(falling, slope, -1.0), jnp.inf)
+        motion = 2 * _symmetric(drift @ y.matrix.T)
+        at_rest = jnp.linalg.norm(motion) < _level(y, 1e-8) * speed
+        settled = (growth < 0) & (jnp.linalg.norm(motion - 2 * growth * y.cov) < _level(y, 1e-8) * jnp.abs(growth))
+        certain = remaining < 1000 * jnp.finfo(remaining.dtype).eps * (y.time + remaining)
+        growing = self._is_far(y, growth) & (growth > 0.05 * speed) & (slope > -0.1) & (slope < 5) & ~certain
+        return Signs(y.time + remaining, certain, at_rest, settled, growing)
 
-    def motion(self, y: Direction) -> Float[Array, "d d"]:
-        r"""$\Sigma' / \operatorname{tr}\Sigma$."""
-        return 2 * _symmetric(self.rates(y)[0] @ y.matrix.T)
+    def _is_far(self, y: Direction, growth: Array) -> Array:
+        """Whether growth has come so far that rounding, or stiffness, will soon hide what drives it."""
+        if self.attention.degree == 2:
+            return growth < 1e-4 * self.pace(y)
+        keys, tiny = self.attention.K @ y.matrix, jnp.finfo(y.matrix.dtype).tiny
+        grown = y.log_trace + jnp.log(self.attention.scale * (keys * keys).sum() + tiny) > math.log(1e10)
+        return grown | (y.log_trace + jnp.log(jnp.linalg.norm(self.attention.P) + tiny) > 80)
 
     def metrics(self, t: Array, y: Direction) -> dict[str, Array]:
-        r"""`blow_up_time` (the running estimate), `log_trace`, `depth` (the time $t$) and `growth`, the rate $2c$ of the trace."""
-        return {"blow_up_time": self.blow_up_time(y), "log_trace": y.log_trace, "depth": y.time, "growth": 2 * self.rates(y)[1]}
+        r"""`blow_up_time` (the running estimate, infinite where the trace does not point to one), `log_trace`, and `depth` (the time $t$)."""
+        return {"blow_up_time": self.signs(y).blow_up_time, "log_trace": y.log_trace, "depth": y.time}
 
     def size(self, y: Direction) -> Array:
         """Constant: nothing grows in this clock."""
         return jnp.ones((), y.matrix.dtype)
 
     def events(self) -> tuple[Event, ...]:
-        """Blow-up, rest, decay and growth."""
-        return (Event("blow-up", lambda s, y: self.is_blow_up(y), Status.BLOWUP),
-                Event("rest, decay or growth", lambda s, y: self.is_at_rest(y) | self.is_settled(y) | self.is_growing(y), Status.CONVERGED))
+        """Blow-up; rest, decay or growth."""
+
+        def other(s: Array, y: Direction) -> Array:
+            signs = self.signs(y)
+            return signs.at_rest | signs.settled | signs.growing
+
+        return (Event("blow-up", lambda s, y: self.signs(y).certain, Status.BLOWUP), Event("rest, decay or growth", other, Status.CONVERGED))
 
 
 def last(states: Any) -> Any:

@@ -235,15 +235,16 @@ def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Arr
     """Regime, limit and blow-up time from the state at which a run ended."""
     attention = flow.attention
     drift, _, speed = flow.rates(y)
+    signs, motion = flow.signs(y), 2 * _symmetric(drift @ y.matrix.T)
     ended, blows = status == Status.CONVERGED, status == Status.BLOWUP
-    grows, settled = ended & flow.is_growing(y), ended & flow.is_settled(y)
+    grows, settled = ended & signs.growing, ended & signs.settled
     rests = ended & ~grows & ~settled
     empty = (y.matrix == 0).all()
     turns = jnp.linalg.norm(drift) > 1e-3 * speed                                        # at rest, a frozen state has a drift below 1e-4
     kind = jnp.where(blows, Regime.BLOWUP, jnp.where(grows, Regime.GROWING, jnp.where(settled | (rests & empty), Regime.ZERO, jnp.where(
         rests, jnp.where(turns, Regime.ROTATING, Regime.FROZEN), Regime.UNDECIDED))))
 
-    tail = jnp.where(rests, y.time, 0.0) * flow.motion(y)                 # t times the derivative: what a 1/t tail still has to go
+    tail = jnp.where(rests, y.time, 0.0) * motion                         # t times the derivative: what a 1/t tail still has to go
     direction = y.cov + tail
     values, before = jnp.linalg.eigvalsh(direction), jnp.linalg.eigvalsh(y.cov)
     rank = (values > jnp.maximum(PERSISTENT * before, FAINT * before[-1])).sum(dtype=jnp.int32)
@@ -255,7 +256,7 @@ def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Arr
     error = jnp.where(kind == Regime.UNDECIDED, jnp.inf, error).astype(direction.dtype)
     found = Limit(cov, jnp.where(zero, 0, rank).astype(jnp.int32), kind.astype(jnp.int32), error)
 
-    time = jnp.where(blows, flow.blow_up_time(y), jnp.where(ended, jnp.inf, jnp.nan))
+    time = jnp.where(blows, signs.blow_up_time, jnp.where(ended, jnp.inf, jnp.nan))
     if isinstance(attention, L2):                                                    # injective keys bound the velocity: no blow-up
         keys = jnp.linalg.eigvalsh(attention.P)
         time = jnp.where(keys[0] > round_off(attention.P), jnp.inf, time)

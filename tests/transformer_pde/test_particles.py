@@ -1,0 +1,99 @@
+"""Particles: the velocity against a dense softmax, and the flow against the Gaussian that the tokens sample."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+
+import theorylab as tl
+from theorylab import transformer_pde as tp
+from theorylab.errors import ArgumentError, ShapeError
+
+Q = np.array([[0.5, 0.2], [-0.1, 0.4]])
+K = np.array([[0.3, -0.4], [0.2, 0.5]])
+V = np.array([[0.6, -0.3], [0.2, 0.5]])
+HEADS = {"softmax": tp.Softmax(Q, K, V, 1.3), "l2": tp.L2(Q, K, V, 1.3)}
+POINTS = np.random.default_rng(0).normal(size=(50, 2))
+WEIGHTS = np.random.default_rng(1).dirichlet(np.ones(50))
+
+
+def dense_velocity(kind: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """From the definition, one query at a time."""
+    moved = []
+    for q in x @ Q.T:
+        keys = x @ K.T
+        logits = 1.3 * (keys @ q) if kind == "softmax" else -1.3 * ((q - keys) ** 2).sum(1)
+        p = w * np.exp(logits - logits.max())
+        moved.append(V @ (p @ x) / p.sum())
+    return np.array(moved)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("tile", [7, 50, 1024])
+def test_the_velocity_is_the_definition_whatever_the_tile(kind, tile):
+    moved = tp.Particles(HEADS[kind], tile).field(0.0, tp.Cloud(POINTS, WEIGHTS))
+    np.testing.assert_allclose(moved.points, dense_velocity(kind, POINTS, WEIGHTS), rtol=1e-12, atol=1e-14)
+    assert not np.any(moved.weights)
+
+
+def test_a_cloud_follows_scipy():
+    n = len(POINTS)
+    uniform = np.full(n, 1 / n)
+    there = scipy.integrate.solve_ivp(lambda t, y: dense_velocity("softmax", y.reshape(n, 2), uniform).ravel(), (0, 1), POINTS.ravel(), rtol=1e-9,
+                                      atol=1e-10, method="DOP853")
+    sol = tl.integrate(tp.Particles(HEADS["softmax"]), POINTS, [0.0, 1.0])
+    np.testing.assert_allclose(sol.value.points[-1], there.y[:, -1].reshape(n, 2), rtol=1e-7, atol=1e-8)
+
+
+def test_quadrature_tokens_follow_the_moment_equations():
+    start = tp.Gaussian(np.array([0.3, -0.2]), np.array([[0.8, 0.25], [0.25, 0.5]]))
+    times = np.array([0.0, 0.6])
+    cloud = tl.integrate(tp.Particles(HEADS["softmax"]), start.quadrature(24), times).value
+    exact = tl.integrate(tp.GaussianFlow(HEADS["softmax"]), start, times).value
+    reached = tp.moments(jax.tree.map(lambda a: a[-1], cloud))
+    np.testing.assert_allclose(reached.cov, exact.cov[-1], atol=1e-8)
+    np.testing.assert_allclose(reached.mean, exact.mean[-1], atol=1e-8)
+
+
+def test_a_finite_cloud_outlives_the_blow_up_of_its_gaussian():
+    head = tp.Softmax(jnp.eye(2), jnp.eye(2), 1.0)
+    assert float(tp.blow_up_time(tp.GaussianFlow(head), tp.Gaussian.standard(2))) == pytest.approx(0.5)
+    tokens = tp.Gaussian.standard(2).sample(50, key=0)
+    sol = tl.integrate(tp.Particles(head), tokens, [0.0, 1.0])
+    assert sol.status == tl.Status.COMPLETED and np.isfinite(sol.history["trace"]).all()
+    radius = lambda cloud: np.linalg.norm(np.asarray(cloud), axis=-1).max()
+    assert radius(sol.value.points[-1]) <= np.exp(1.0) * radius(tokens.points)            # support grows at most like exp(|V| t)
+
+
+def test_the_effective_sample_size_is_that_of_the_weights():
+    n = len(POINTS)
+    row = tp.Particles(HEADS["softmax"]).metrics(0.0, tp.Cloud(POINTS))
+    logits = 1.3 * (POINTS @ Q.T) @ (POINTS @ K.T).T
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(row["effective_sample_size"], (1 / (p**2).sum(1)).min(), rtol=1e-12)
+    np.testing.assert_allclose(row["eigenvalues"], np.linalg.eigvalsh(np.cov(POINTS.T, bias=True)), rtol=1e-12)
+    assert 1 <= float(row["effective_sample_size"]) <= n
+
+
+def test_no_array_of_all_pairs_is_formed():
+    n, tile = 4096, 64
+    flow = tp.Particles(HEADS["softmax"], tile)
+    program = jax.jit(lambda x: flow.field(0.0, tp.Cloud(x)).points).lower(jnp.zeros((n, 2))).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 40 * n * 2 * 8
+
+
+def test_wrong_states_are_named():
+    flow = tp.Particles(HEADS["softmax"])
+    with pytest.raises(ArgumentError, match="must be a Cloud or an array of tokens, got Gaussian"):
+        tl.integrate(flow, tp.Gaussian.standard(2), [0.0, 1.0])
+    with pytest.raises(ShapeError, match="must have dimension 2 to match the attention, got 3"):
+        tl.integrate(flow, np.zeros((5, 3)), [0.0, 1.0])
+    with pytest.raises(ShapeError, match="at least one token"):
+        tl.integrate(flow, np.zeros((0, 2)), [0.0, 1.0])
+    with pytest.raises(ArgumentError, match="attention must be"):
+        tp.Particles("softmax")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="tile must be at least 1"):
+        tp.Particles(HEADS["softmax"], 0)

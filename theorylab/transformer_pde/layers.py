@@ -1,0 +1,87 @@
+"""Networks of finite depth on a Gaussian, as methods for `iterate`: the exact residual network, and the published Euler scheme."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from theorylab.core.module import number
+from theorylab.core.problem import Method
+from theorylab.errors import ArgumentError, ShapeError
+from theorylab.transformer_pde.attention import Attention
+from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
+
+Array = jax.Array
+
+CLIP = 1e-14
+"""What the published scheme puts in the place of a negative eigenvalue."""
+
+
+def _check(attention: Any, state: Any) -> Gaussian:
+    if not isinstance(attention, Attention):
+        raise ArgumentError(f"problem must be a Softmax, an L2 or another Attention, got {type(attention).__name__}")
+    if not isinstance(state, Gaussian):
+        raise ArgumentError(f"x0 must be a Gaussian, got {type(state).__name__}")
+    if state.dim != attention.dim:
+        raise ShapeError(f"x0 must have dimension {attention.dim} to match the attention, got {state.dim}")
+    return state
+
+
+class ResidualLayers(Method):
+    r"""One step is one residual layer $x \mapsto x + h\,\Gamma(x)$ of a Transformer, exact on a Gaussian.
+
+    With $m$ and $B$ of the state before the layer: $\alpha \leftarrow \alpha + h m$, $L \leftarrow (I + hB) L$. The covariance stays positive semidefinite
+    for any $h$, and the state converges to the flow at first order.
+
+    Args:
+        step_size: $h$, the depth of a layer.
+
+    Example:
+        >>> from theorylab import transformer_pde as tp
+        >>> head = tp.Softmax(jnp.eye(2), jnp.eye(2), -1.0)
+        >>> network = tl.iterate(head, tp.ResidualLayers(0.01), tp.Gaussian.standard(2), steps=100)
+        >>> round(float(network.value.cov[0, 0]), 3)                      # the flow reaches 1/3
+        0.33
+    """
+
+    step_size: Any = number(above=0.0)
+
+    def init(self, problem: Attention, x0: Gaussian, *, key: Array) -> Gaussian:
+        state = _check(problem, x0)
+        return Gaussian._raw(state.mean, state.factor, None)
+
+    def step(self, problem: Attention, state: Gaussian, *, key: Array) -> Gaussian:
+        mean, moved = problem.factor_velocity(state.mean, state.factor)
+        return Gaussian._raw(state.mean + self.step_size * mean, state.factor + self.step_size * moved, None)
+
+    def value(self, problem: Attention, state: Gaussian) -> Gaussian:
+        return state
+
+
+class OfficialEuler(Method):
+    r"""The published scheme: an Euler step of $\Sigma' = B\Sigma + \Sigma B^\top$, then every negative eigenvalue is replaced by 1e-14.
+
+    It drops the $h^2 B \Sigma B^\top$ of a layer, so it is not the network and can leave the cone; a clip destroys the rank for good. It is here for
+    comparison. The published stopping index counts the step that stops: it is `steps` for a run that converged
+    (`Below("residual", ...)`) and `steps - 1` for one that exploded (`Above("trace", ...)`).
+
+    Args:
+        step_size: the Euler step.
+    """
+
+    step_size: Any = number(above=0.0)
+
+    def init(self, problem: Attention, x0: Gaussian, *, key: Array) -> Gaussian:
+        state = _check(problem, x0)
+        return Gaussian._raw(state.mean, None, state.cov)
+
+    def step(self, problem: Attention, state: Gaussian, *, key: Array) -> Gaussian:
+        mean, matrix = problem.velocity(state.mean, state.cov)
+        values, vectors = jnp.linalg.eigh(state.cov + 2 * self.step_size * _symmetric(matrix @ state.cov))
+        values = jnp.where(values < 0, jnp.asarray(CLIP, values.dtype), values)
+        return Gaussian._raw(state.mean + self.step_size * mean, None, _symmetric((vectors * values) @ vectors.T))
+
+    def value(self, problem: Attention, state: Gaussian) -> Gaussian:
+        return state
