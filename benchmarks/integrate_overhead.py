@@ -125,7 +125,7 @@ def overhead(repeat: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeat", type=int, default=50, help="calls per warm time")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)

@@ -257,21 +257,19 @@ def _at_once(plan: Plan) -> Watched:
 def _finish(plan: Plan, found: Watched, settings: dict, throw: bool) -> Solution:
     """From rows on the device to a `Solution`; raise or warn if a run ended badly."""
     flow, _, solver = plan.whole
-    ended, axis = found.ended, found.times
-    if (ended.status == int(Status.NONFINITE)).any():
+    ended, axis, value, columns = found.ended, found.times, found.value, found.columns
+    if np.any(ended.status == int(Status.NONFINITE)):
         tree.check_finite("y0", plan.y0)
-    valid = np.arange(len(axis)).reshape((-1,) + (1,) * np.ndim(ended.row)) < ended.row
-    value, columns = found.value, found.columns
-    names = [event.name for event in flow.events()] if (ended.event >= 0).any() else []
-    if not plan.runs:
-        kept = int(ended.row)
-        if kept < len(axis):  # the row after the last save time that was reached holds the state at the end
-            kept += bool(ended.t > axis[kept - 1])
-            axis = np.concatenate([axis[: int(ended.row)], [ended.t]])[:kept]
-            value, columns, valid = jax.tree.map(lambda a: a[:kept], value), {k: v[:kept] for k, v in columns.items()}, np.ones(kept, bool)
-        event = names[int(ended.event)] if ended.event >= 0 else None
-    else:
+    names = [event.name for event in flow.events()] if np.any(ended.event >= 0) else []
+    if plan.runs:
+        valid = np.arange(len(axis))[:, None] < ended.row
         event = [names[i] if i >= 0 else None for i in ended.event]
+    else:
+        kept, event = int(ended.row), names[int(ended.event)] if names else None
+        if kept < len(axis):  # the row after the last save time that was reached holds the state at the end
+            axis = np.append(axis[:kept], ended.t) if ended.t > axis[kept - 1] else axis[:kept]
+            value, columns = jax.tree.map(lambda a: a[: len(axis)], (value, columns))
+        valid = np.ones(len(axis), bool)
     counters = {"accepted": _plain(ended.accepted), "rejected": _plain(ended.rejected), "last_time": _plain(ended.t), "event": event}
     leaf = jax.tree.leaves(plan.y0)[0]
     stats = Stats(found.compile_seconds, found.run_seconds, 0.0, found.calls, leaf.dtype.name, next(iter(leaf.devices())).device_kind, counters)
@@ -282,12 +280,12 @@ def _finish(plan: Plan, found: Watched, settings: dict, throw: bool) -> Solution
     return solution
 
 
-def _plain(value: np.ndarray) -> Any:
+def _plain(value: Any) -> Any:
     return value.item() if value.ndim == 0 else value
 
 
 def _report(solution: Solution, plan: Plan, throw: bool) -> None:
-    """Raise for a single run that ended badly; warn once for a batch, or for a run that was stopped."""
+    """Raise for a single run that ended badly; warn once for a batch."""
     counters = solution.stats.counters if solution.stats is not None else {}
     if plan.runs:
         bad = {name: n for name, n in count_statuses(solution.status).items() if not Status[name].good}

@@ -103,8 +103,8 @@ def differentiable(flow: Any, solver: Any, y0: PyTree, times: Array, numbers: Ar
     def _(primals: Any, tangents: Any) -> Any:
         (arrays, numbers), (dots, _) = primals, tangents
         flow, solver, y0, times = unbind(arrays, static)
-        grid = jnp.full((max_steps + 1,), times[0])
-        value, ended, grid = trajectory(flow, solver, y0, times, numbers, max_steps, fixed, grid)
+        value, ended, grid = trajectory(flow, solver, y0, times, numbers, max_steps, fixed, jnp.full((max_steps + 1,), times[0]))
+        assert grid is not None
         moving = [i for i, dot in enumerate(dots) if not isinstance(dot, jax.custom_derivatives.SymbolicZero)]
 
         def path(parts: list[Array]) -> PyTree:

@@ -114,9 +114,9 @@ def watch(plan: Plan, segment: int | None, progress: Progress, checkpoint: str |
     return Watched(value, columns, ended, plan.times, compiled - began, time.perf_counter() - compiled, calls)
 
 
-def _live(ended: Ended) -> np.ndarray:
-    """A lane that only waits for the next segment stands as STOPPED."""
-    return ended.status == Status.STOPPED
+def _live(ended: Ended) -> Any:
+    """Which lanes are open: one that only waits for the next segment stands as STOPPED."""
+    return ended.status == int(Status.STOPPED)
 
 
 class _Old(NamedTuple):
@@ -177,12 +177,13 @@ class _File:
             return None
         arrays, header = store.read(self.path)
         if header.get("kind") != KIND or header.get("run") != self.run:
-            what = "was not written by integrate" if header.get("kind") != KIND else ("belongs to another run: flow, y0, times, rtol, atol, solver, step, "
-                                                                                        "collapse, record and runs must be those of the run that wrote it")
-            raise CheckpointMismatchError(f"checkpoint {self.path} {what}; pass them, or name another file. It was left as it is")
+            what = ("belongs to another run: flow, y0, times, rtol, atol, solver, step, collapse, record and runs must be those of the run that wrote "
+                    "it; pass them, or") if header.get("kind") == KIND else "was not written by integrate;"
+            raise CheckpointMismatchError(f"checkpoint {self.path} {what} name another file. It was left as it is")
         leaves, treedef = jax.tree.flatten(carry)
         data = [arrays.get(f"carry:{i}") for i in range(len(leaves))]
-        if any(d is None or d.shape != np.shape(a) for d, a in zip(data, leaves, strict=True)) or any(f"column:{name}" not in arrays for name in columns):
+        lacking = [name for name in columns if f"column:{name}" not in arrays]
+        if lacking or any(d is None or d.shape != np.shape(a) for d, a in zip(data, leaves, strict=True)):
             raise CheckpointMismatchError(f"checkpoint {self.path} does not hold the state of this run; it was left as it is")
         carry = jax.tree.unflatten(treedef, [like(a, d) for a, d in zip(leaves, data, strict=True) if d is not None])
         states, shape = jax.tree.flatten(value)

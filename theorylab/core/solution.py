@@ -28,6 +28,9 @@ class Status(enum.IntEnum):
     STOPPED = 6
     UNDECIDED = 7
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def sentence(self) -> str:
         """One line that a user reads."""

@@ -60,14 +60,14 @@ class Carry(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a trajectory ended."""
+    """How a trajectory ended: arrays of JAX, or of NumPy on the host."""
 
-    t: Array
-    status: Array
-    accepted: Array
-    rejected: Array
-    row: Array
-    event: Array
+    t: Any
+    status: Any
+    accepted: Any
+    rejected: Any
+    row: Any
+    event: Any
 
 
 class Stepper:
@@ -117,13 +117,14 @@ class Stepper:
     def judge(self, t: Array, t_next: Array, old: PyTree, new: PyTree, error: PyTree, good: Array, state: PyTree) -> tuple[Array, Array, PyTree]:
         """Whether the step is accepted, where to go next, memory of the controller. A step that is not finite counts as infinitely wrong."""
         if error is None:
-            raise ArgumentError(f"solver {type(self.solver).__name__} estimates no error, so it cannot adapt its step size: pass step=, a fixed step size")
+            raise ArgumentError(f"solver {type(self.solver).__name__} estimates no error and cannot adapt its step size: pass step=, a fixed one")
         error = jax.tree.map(lambda e: jnp.where(good, e, jnp.inf), error)
-        keep, _, t_next, _, state, _ = self.control.adapt_step_size(t, t_next, old, tree.select(good, new, old), self.flow, error, self.order, state)
-        return keep & good, t_next, jax.tree.map(jnp.asarray, state)
+        new = tree.select(good, new, old)
+        keep, _, after, _, state, _ = self.control.adapt_step_size(t, t_next, old, new, self.flow, error, self.order, state)
+        return good & keep, jnp.asarray(after), jax.tree.map(jnp.asarray, state)
 
 
-def _field(t: Array, y: PyTree, flow: Any) -> PyTree:
+def _field(t: Any, y: PyTree, flow: Any) -> PyTree:
     return flow.field(t, y)
 
 
@@ -173,7 +174,8 @@ def _check_field(flow: Any, t: Array, y: PyTree) -> None:
     """The time derivative has the structure, shapes and dtypes of the state."""
     change = eqx.filter_eval_shape(flow.field, t, y)
     if jax.tree.structure(change) != jax.tree.structure(y):
-        raise ShapeError(f"{type(flow).__name__}.field must return the structure of the state, {jax.tree.structure(y)}, got {jax.tree.structure(change)}")
+        raise ShapeError(f"{type(flow).__name__}.field must return the structure of the state, {jax.tree.structure(y)}, "
+                         f"got {jax.tree.structure(change)}")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(y), jax.tree.leaves(change), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise ShapeError(f"{type(flow).__name__}.field must return at y{jax.tree_util.keystr(path)} an array like the state, "

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from theorylab.core.module import number
 from theorylab.core.problem import Method
@@ -79,9 +80,21 @@ class OfficialEuler(Method):
 
     def step(self, problem: Attention, state: Gaussian, *, key: Array) -> Gaussian:
         mean, matrix = problem.velocity(state.mean, state.cov)
-        values, vectors = jnp.linalg.eigh(state.cov + 2 * self.step_size * _symmetric(matrix @ state.cov))
-        values = jnp.where(values < 0, jnp.asarray(CLIP, values.dtype), values)
-        return Gaussian._raw(state.mean + self.step_size * mean, None, _symmetric((vectors * values) @ vectors.T))
+        cov = _clip(state.cov + 2 * self.step_size * _symmetric(matrix @ state.cov))
+        return Gaussian._raw(state.mean + self.step_size * mean, None, cov)
 
     def value(self, problem: Attention, state: Gaussian) -> Gaussian:
         return state
+
+
+def _clip(cov: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """`cov` with negative eigenvalues replaced by `CLIP`; 2 x 2 in closed form, because the published figures take millions of such steps."""
+    if cov.shape[0] != 2:
+        values, vectors = jnp.linalg.eigh(cov)
+        values = jnp.where(values < 0, jnp.asarray(CLIP, values.dtype), values)
+        return _symmetric((vectors * values) @ vectors.T)
+    mean, radius = (cov[0, 0] + cov[1, 1]) / 2, jnp.hypot((cov[0, 0] - cov[1, 1]) / 2, cov[0, 1])
+    low, high = mean - radius, mean + radius
+    eye = jnp.eye(2, dtype=cov.dtype)
+    top = jnp.where(radius > 0, (cov - low * eye) / jnp.where(radius > 0, 2 * radius, 1.0), eye / 2)      # projection on the top eigenvector
+    return jnp.where(low < 0, jnp.where(high < 0, CLIP, high) * top + CLIP * (eye - top), cov)
