@@ -54,7 +54,7 @@ def bare(adjoint: Any) -> Callable:
     """A jitted `diffeqsolve` with nothing around it: same solver, same controller, no blow-up test."""
 
     @jax.jit
-    def run(flow: FactorFlow, y0: jax.Array, times: jax.Array, rtol: jax.Array, atol: jax.Array) -> jax.Array:
+    def run(flow: FactorFlow, y0: jax.Array, times: jax.Array, rtol: jax.Array, atol: jax.Array) -> Any:
         control = diffrax.PIDController(rtol=rtol, atol=atol, pcoeff=P_COEFFICIENT, icoeff=I_COEFFICIENT)
         return diffrax.diffeqsolve(diffrax.ODETerm(lambda t, y, flow: flow.field(t, y)), diffrax.Dopri8(), times[0], times[-1], None, y0, flow,
                                    saveat=diffrax.SaveAt(ts=times), stepsize_controller=control, adjoint=adjoint, throw=False).ys
@@ -77,7 +77,8 @@ def contenders(flow: FactorFlow, times: np.ndarray) -> dict[str, Callable[[float
         "integrate": lambda tol: np.asarray(integrate(flow, start, times, rtol=tol, atol=tol / 100, solver=solver).value[-1]),
         "diffrax, forward mode": lambda tol: np.asarray(forward(flow, start, grid, jnp.asarray(tol), jnp.asarray(tol / 100))[-1]),
         "diffrax, default adjoint": lambda tol: np.asarray(default(flow, start, grid, jnp.asarray(tol), jnp.asarray(tol / 100))[-1]),
-        "scipy DOP853": lambda tol: solve_ivp(host, times[[0, -1]], np.eye(DIM).ravel(), "DOP853", times, rtol=tol, atol=tol / 100).y[:, -1].reshape(DIM, DIM),
+        "scipy DOP853": lambda tol: solve_ivp(host, times[[0, -1]], np.eye(DIM).ravel(), "DOP853", times, rtol=tol,
+                                              atol=tol / 100).y[:, -1].reshape(DIM, DIM),
     }
 
 
@@ -112,7 +113,7 @@ def overhead(repeat: int) -> dict[str, float]:
     step = float(grid[1])
 
     @jax.jit
-    def plain(flow: FactorFlow, y0: jax.Array, times: jax.Array, step: jax.Array) -> jax.Array:
+    def plain(flow: FactorFlow, y0: jax.Array, times: jax.Array, step: jax.Array) -> Any:
         return diffrax.diffeqsolve(diffrax.ODETerm(lambda t, y, flow: flow.field(t, y)), solver, times[0], times[-1], step, y0, flow,
                                    saveat=diffrax.SaveAt(ts=times), adjoint=diffrax.ForwardMode(), throw=False).ys
 

@@ -10,6 +10,8 @@ from theorylab.core.integrate import integrate as integrate
 from theorylab.core.iterate import iterate as iterate, solve as solve, whole as whole
 from theorylab.core.module import Module as Module, choice as choice, count as count, number as number, size as size
 from theorylab.core.problem import Event as Event, Flow as Flow, Method as Method, Problem as Problem
+from theorylab.core.progress import Progress as Progress
+from theorylab.core.psd import bures as bures
 from theorylab.core.rows import Rows as Rows
 from theorylab.core.schedule import (
     Constant as Constant,
@@ -28,6 +30,7 @@ from theorylab.lab.compare import Comparison as Comparison, compare as compare
 from theorylab.lab.evidence import Check as Check
 from theorylab.lab.figures import figure as figure
 from theorylab.lab.rates import RateFit as RateFit, fit_rate as fit_rate
+from theorylab.lab.replicates import Replicates as Replicates, Table as Table, gather as gather
 from theorylab.lab.sweep import sweep as sweep, sweep_grid as sweep_grid
 from theorylab.runtime import enable_x64 as _enable_x64
 

@@ -19,7 +19,12 @@ def enable_x64() -> bool:
     """Switch JAX to 64-bit unless the environment variable `JAX_ENABLE_X64` asks for 32-bit; return the mode that is on."""
     if os.environ.get("JAX_ENABLE_X64", "").strip().lower() not in {"0", "false", "off", "no"}:
         jax.config.update("jax_enable_x64", True)
-    return bool(jax.config.jax_enable_x64)
+    return x64()
+
+
+def x64() -> bool:
+    """Whether 64-bit mode is on."""
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 def cache_folder() -> Path:
@@ -65,4 +70,4 @@ def devices() -> dict[str, Any]:
 
 def provenance(**settings: Any) -> dict[str, Any]:
     """What produced a result: versions, devices, precision and `settings`. Holds no host name and no path."""
-    return {"versions": versions(), "devices": devices(), "x64": bool(jax.config.jax_enable_x64), "settings": settings}
+    return {"versions": versions(), "devices": devices(), "x64": x64(), "settings": settings}

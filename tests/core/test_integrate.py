@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -113,7 +114,7 @@ def test_states_and_columns_are_those_of_scipy():
 def test_the_error_follows_the_tolerance():
     exact = van_der_pol()
     errors = [np.abs(oscillate(rtol=tol, atol=tol, solver=diffrax.Dopri8()).value["q"] - exact[0]).max() for tol in (1e-5, 1e-7, 1e-9, 1e-11)]
-    assert all(b < a / 10 for a, b in zip(errors, errors[1:], strict=False)) and errors[-1] < 1e-9
+    assert all(b < a / 10 for a, b in itertools.pairwise(errors)) and errors[-1] < 1e-9
 
 
 def test_counters_tell_steps_and_the_time_reached():
@@ -382,7 +383,7 @@ def test_a_sharded_batch_stays_sharded_and_each_lane_has_its_own_end():
     """)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu",
                    "PYTHONPATH": str(Path(tl.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "agrees", done.stderr[-2000:]
 
 

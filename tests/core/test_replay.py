@@ -78,7 +78,8 @@ def test_columns_have_derivatives_too():
 
 def test_repeat_while_is_a_while_loop_with_reverse_mode():
     def run(x: jax.Array) -> jax.Array:
-        return repeat_while(lambda s: s[0] < 5, lambda s: (s[0] + 1, jnp.where(s[0] < 5, s[1] * jnp.sin(s[1] + x), s[1])), (jnp.asarray(0), x), 300)[1]
+        body = lambda s: (s[0] + 1, jnp.where(s[0] < 5, s[1] * jnp.sin(s[1] + x), s[1]))
+        return repeat_while(lambda s: s[0] < 5, body, (jnp.asarray(0), x), 300)[1]
 
     def plain(x: jax.Array) -> jax.Array:
         y = x

@@ -121,7 +121,7 @@ def integrate(
 def _as_state(flow: Any, y0: Any, runs: int | None) -> PyTree:
     """The initial state as the flow integrates it: JAX arrays of one floating dtype, with the axis of runs."""
     if not isinstance(flow, Flow):
-        hint = "; a Problem goes to iterate" if isinstance(flow, Problem) else "; wrap a function in a class with field(t, y)" if callable(flow) else ""
+        hint = "; a Problem goes to iterate" if isinstance(flow, Problem) else "; make a function the method field(t, y) of a class"
         raise ArgumentError(f"flow must be a Flow, got {type(flow).__name__}{hint}")
     if isinstance(y0, (list, float, int)):
         y0 = np.asarray(y0, float)
@@ -175,9 +175,10 @@ def _as_times(times: Any, dtype: Any) -> Any:
     if grid.size > 1 and not (np.diff(grid) > 0).all():
         at = int(np.flatnonzero(~(np.diff(grid) > 0))[0])
         if (np.diff(grid) < 0).all():
-            raise ArgumentError("times must increase, got decreasing times: time does not run backward here, because events, blow-up and the size of the "
-                                "elapsed time refer to its direction; integrate the flow of -field(-t, y) over the negated times")
-        raise ArgumentError(f"times must increase strictly, got {grid[at]:.17g} at index {at} and {grid[at + 1]:.17g} after it (in {np.dtype(dtype).name})")
+            raise ArgumentError("times must increase, got decreasing times: time does not run backward here, because events and blow-up refer to its "
+                                "direction; integrate the flow of -field(-t, y) over the negated times")
+        raise ArgumentError(f"times must increase strictly, got {grid[at]:.17g} at index {at} and {grid[at + 1]:.17g} after it "
+                            f"(in {np.dtype(dtype).name})")
     return grid
 
 
@@ -188,8 +189,9 @@ def _numbers(rtol: Any, atol: Any, collapse: Any, step: Any, dtype: Any, grid: A
     else:
         checks.real("rtol", rtol, above=0.0)
         checks.real("step", step, above=0.0)
-        if checks.known(step, grid) and (grid[-1] - grid[0]) / float(step) > max_steps + 0.5:
-            raise ArgumentError(f"step={float(step):g} needs {(grid[-1] - grid[0]) / float(step):.0f} steps, more than max_steps={max_steps}: raise one of them")
+        needed = (grid[-1] - grid[0]) / float(step) if checks.known(step, grid) else 0
+        if needed > max_steps + 0.5:
+            raise ArgumentError(f"step={float(step):g} needs {needed:.0f} steps, more than max_steps={max_steps}: raise one of them")
     checks.real("atol", atol, low=0.0)
     checks.real("collapse", collapse, low=0.0, below=1.0)
     values = (rtol, atol, collapse, 0.0 if step is None else step)
@@ -294,9 +296,10 @@ def _report(solution: Solution, plan: Plan, throw: bool) -> None:
                           + ", ".join(f"{n} {name}" for name, n in bad.items()) + "; see .status", RunWarning, stacklevel=4)
     elif throw and solution.status == Status.NONFINITE:
         cause = "try a smaller step" if plan.fixed else "no step is short enough there: the field is singular, or the solution overflows"
-        raise NonFiniteError(f"NaN or infinity appeared after t = {counters['last_time']:.12g}; {cause}. The states until then are in .solution.value",
-                             solution)
+        raise NonFiniteError(f"NaN or infinity appeared after t = {counters['last_time']:.12g}; {cause}. The states until then are in "
+                             ".solution.value", solution)
     elif throw and solution.status == Status.MAX_STEPS:
-        raise NotConvergedError(f"max_steps={plan.max_steps} steps were spent at t = {counters['last_time']:.12g}, before {float(plan.times[-1]):.12g} "
-                                f"({counters['accepted']} accepted, {counters['rejected']} rejected): raise max_steps, loosen rtol, or pass stiff=True if "
-                                "the equation has much faster modes than the solution. The states until then are in .solution.value", solution)
+        raise NotConvergedError(f"max_steps={plan.max_steps} steps were spent at t = {counters['last_time']:.12g}, before "
+                                f"{float(plan.times[-1]):.12g} ({counters['accepted']} accepted, {counters['rejected']} rejected): raise max_steps, "
+                                "loosen rtol, or pass stiff=True if the equation has much faster modes than the solution. The states until then are "
+                                "in .solution.value", solution)

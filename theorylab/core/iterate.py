@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from theorylab import runtime
 from theorylab.core import kernel, tree
@@ -152,11 +153,11 @@ def _check(problem: Any, method: Any, steps: Any, every: Any, keep: str, runs: A
     if stop is not None and not isinstance(stop, Stop):
         raise ArgumentError(f"stop must be a stop rule such as Below('gap', 1e-6), got {stop!r}")
     for name, number, low in (("steps", steps, 0), ("every", every, 1), ("runs", runs, 1)):
-        if (number is None and name == "runs") or isinstance(number, jax.core.Tracer):
+        if (number is None and name == "runs") or isinstance(number, Tracer):
             continue
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < low:
             raise ArgumentError(f"{name} must be a whole number of at least {low}, got {number!r}")
-    if not isinstance(steps, jax.core.Tracer) and steps >= 2**31:
+    if not isinstance(steps, Tracer) and steps >= 2**31:
         raise ArgumentError(f"steps must be below 2**31, got {steps}")
     if seconds is not None and not seconds > 0:
         raise ArgumentError(f"seconds must be above 0, got {seconds!r}")
@@ -207,15 +208,15 @@ def _begin(run: Run, batch: Any = None) -> _Started:
 
 def _in_graph(run: Run, scan: bool) -> Solution:
     """The whole run as one compiled loop, with its history as an output."""
-    if not run.last and isinstance(run.steps, jax.core.Tracer):
+    if not run.last and isinstance(run.steps, Tracer):
         raise ArgumentError("steps must be a Python integer inside compiled code, because it shapes the history; or pass keep='last'")
-    if isinstance(run.every, jax.core.Tracer):
+    if isinstance(run.every, Tracer):
         raise ArgumentError("every must be a Python integer inside compiled code")
     start = _begin(run)
     problem = run.whole[0]
     try:
         if scan:
-            if isinstance(run.steps, jax.core.Tracer):
+            if isinstance(run.steps, Tracer):
                 raise ArgumentError("steps must be a Python integer with loop='scan'")
             carry, rows, value = kernel.unrolled(start.arrays, start.carry, static=start.static, runs=run.runs, every=run.every, steps=run.steps)
             if run.last:

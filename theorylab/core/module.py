@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from theorylab.errors import ArgumentError, ShapeError
 
@@ -58,7 +59,7 @@ def _range_rule(above: float | None = None, low: float | None = None, high: floa
     """The check of a number: the message says the class, the field, the value and the interval."""
 
     def rule(owner: str, name: str, value: Any) -> None:
-        if value is None or isinstance(value, (eqx.Module, jax.core.Tracer)) or not isinstance(value, (jax.Array, np.ndarray, float, int)):
+        if value is None or isinstance(value, (eqx.Module, Tracer)) or not isinstance(value, (jax.Array, np.ndarray, float, int)):
             return
         entries = np.asarray(value)
         if entries.dtype.kind not in "fiub":
@@ -75,7 +76,7 @@ def _range_rule(above: float | None = None, low: float | None = None, high: floa
 def _as_number(value: Any) -> Any:
     if value is None or isinstance(value, (jax.Array, eqx.Module)) or type(value) is object:
         return value
-    if isinstance(value, (np.ndarray, Sequence)) and not isinstance(value, str) and np.ndim(value) > 0:
+    if not isinstance(value, str) and np.ndim(value) > 0:
         return jnp.asarray(value)
     try:
         return jnp.asarray(float(value))

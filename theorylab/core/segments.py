@@ -141,8 +141,10 @@ class _Old(NamedTuple):
 
 
 def _reopen(carry: Carry, value: PyTree, columns: dict[str, np.ndarray], row: int) -> tuple[list[PyTree], list[dict], int, _Old | None]:
-    """Where to go on from a checkpoint: at the first save time that an open lane has not reached. A run that had come to its step limit
-    stands before the last row of the file; a batch then keeps the rows of the lanes that are further."""
+    """Where to go on from a checkpoint: at the first save time that an open lane has not reached.
+
+    A run that had come to its step limit stands before the last row of the file; a batch then keeps the rows of the lanes that are further.
+    """
     reached, count = np.asarray(carry.row), row
     waiting = reached[np.asarray(carry.status) == Status.RUNNING]
     row = int(min(row, waiting.min(initial=row)))
@@ -177,8 +179,8 @@ class _File:
             return None
         arrays, header = store.read(self.path)
         if header.get("kind") != KIND or header.get("run") != self.run:
-            what = ("belongs to another run: flow, y0, times, rtol, atol, solver, step, collapse, record and runs must be those of the run that wrote "
-                    "it; pass them, or") if header.get("kind") == KIND else "was not written by integrate;"
+            what = ("belongs to another run: flow, y0, times, rtol, atol, solver, step, collapse, record and runs must be those of the run that "
+                    "wrote it; pass them, or") if header.get("kind") == KIND else "was not written by integrate;"
             raise CheckpointMismatchError(f"checkpoint {self.path} {what} name another file. It was left as it is")
         leaves, treedef = jax.tree.flatten(carry)
         data = [arrays.get(f"carry:{i}") for i in range(len(leaves))]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from theorylab.errors import UnknownNameError
 
@@ -120,7 +120,7 @@ class History(eqx.Module):
         return column[rows, np.arange(valid.shape[1])] if column.shape[:2] == valid.shape else column[rows]
 
     def __repr__(self) -> str:
-        if isinstance(self.valid, jax.core.Tracer):
+        if isinstance(self.valid, Tracer):
             return f"History(columns={list(self.columns)}, traced)"
         runs = f", {self.valid.shape[1]} runs" if self.valid.ndim == 2 else ""
         return f"History({len(self)} rows{runs}; columns: {', '.join(self.columns) or 'none'}; axes: {', '.join(self.axes)})"
@@ -205,7 +205,7 @@ class Solution(eqx.Module, Generic[X]):
         return summary(self)
 
     def __repr__(self) -> str:
-        if isinstance(self.status, jax.core.Tracer):
+        if isinstance(self.status, Tracer):
             return "Solution(traced)"
         return "Solution(" + ", ".join(f"{name}={text}" for name, text in self._summary()) + ")"
 

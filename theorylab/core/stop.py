@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from theorylab.core.module import Module, choice, count, number
 from theorylab.errors import ToleranceError, UnknownNameError
@@ -65,7 +66,7 @@ class Below(Stop):
 
     def check(self, row: Row) -> None:
         dtype = jnp.result_type(_named(self, self.name, row))
-        if isinstance(self.level, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
+        if isinstance(self.level, Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
             return
         level, floor = float(np.max(np.asarray(self.level))), ROUND_OFF_UNITS * float(jnp.finfo(dtype).eps)
         if 0 < level < floor:

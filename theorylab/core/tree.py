@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from theorylab.errors import NonFiniteInputError
 
@@ -59,13 +60,13 @@ def strong(tree: PyTree) -> PyTree:
 
 def is_traced(*trees: PyTree) -> bool:
     """Whether any leaf is a tracer, or the caller is being compiled (then even constants are staged)."""
-    return any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(trees)) or isinstance(jnp.add(0, 0), jax.core.Tracer)
+    return any(isinstance(a, Tracer) for a in jax.tree.leaves(trees)) or isinstance(jnp.add(0, 0), Tracer)
 
 
 def check_finite(name: str, tree: PyTree) -> PyTree:
     """Return `tree`; raise `NonFiniteInputError` naming the argument and the first bad entry. Tracers are not checked."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer) or not eqx.is_inexact_array_like(leaf):
+        if isinstance(leaf, Tracer) or not eqx.is_inexact_array_like(leaf):
             continue
         good = np.isfinite(np.asarray(leaf))
         if not good.all():

@@ -165,6 +165,9 @@ class Softmax(_Kernel):
 
     degree: ClassVar[int | None] = 2
 
+    def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0):
+        super().__init__(Q, K, V, scale)
+
     @classmethod
     def bilinear(cls, A: Any, V: Any, scale: Any = 1.0) -> Softmax:
         r"""The head with logit $(A x) \cdot y$: queries `A`, keys the identity.
@@ -203,6 +206,9 @@ class L2(_Kernel):
     """
 
     _logit_factor: ClassVar[int] = 2                 # -|Qx - Ky|^2 = 2 <Qx, Ky> - |Ky|^2 - |Qx|^2, and the last term cancels
+
+    def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0):
+        super().__init__(Q, K, V, scale)
 
     def velocity(self, mean: Float[Array, "d"], cov: Float[Array, "d d"]) -> Velocity:
         # (I + 2 S P)^-1 S K^T = S K^T (I + 2c K S K^T)^-1: a symmetric k x k system instead of a general d x d one
