@@ -100,8 +100,8 @@ def integrate(
     traced = tree.is_traced(flow, y0, times, rtol, atol, step, collapse)
     grid = _as_times(times, dtype)
     numbers = _numbers(rtol, atol, collapse, step, dtype, grid, max_steps)
-    solver = _as_solver(solver, rtol, stiff)
     fixed = step is not None
+    solver = _as_solver(solver, rtol, stiff, fixed)
     whole = (flow, record, solver)
     if traced:
         if segment is not None or checkpoint is not None or progress is not False:
@@ -198,7 +198,7 @@ def _numbers(rtol: Any, atol: Any, collapse: Any, step: Any, dtype: Any, grid: A
     return np.array([float(v) for v in values], dtype) if checks.known(values) else jnp.stack([jnp.asarray(v, dtype) for v in values])
 
 
-def _as_solver(solver: Any, rtol: Any, stiff: bool) -> Any:
+def _as_solver(solver: Any, rtol: Any, stiff: bool, fixed: bool) -> Any:
     import diffrax
 
     if solver is None:
@@ -209,6 +209,8 @@ def _as_solver(solver: Any, rtol: Any, stiff: bool) -> Any:
         raise ArgumentError("stiff chooses a solver, and solver names one: pass one of them")
     if not isinstance(solver, diffrax.AbstractSolver):
         raise ArgumentError(f"solver must be a diffrax solver such as diffrax.Tsit5(), got {solver!r}")
+    if not fixed and not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        raise ArgumentError(f"solver {type(solver).__name__} estimates no error and cannot adapt its step size: pass step=, a fixed one")
     return solver
 
 

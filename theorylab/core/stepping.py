@@ -116,8 +116,6 @@ class Stepper:
 
     def judge(self, t: Array, t_next: Array, old: PyTree, new: PyTree, error: PyTree, good: Array, state: PyTree) -> tuple[Array, Array, PyTree]:
         """Whether the step is accepted, where to go next, memory of the controller. A step that is not finite counts as infinitely wrong."""
-        if error is None:
-            raise ArgumentError(f"solver {type(self.solver).__name__} estimates no error and cannot adapt its step size: pass step=, a fixed one")
         error = jax.tree.map(lambda e: jnp.where(good, e, jnp.inf), error)
         new = tree.select(good, new, old)
         keep, _, after, _, state, _ = self.control.adapt_step_size(t, t_next, old, new, self.flow, error, self.order, state)

@@ -55,6 +55,14 @@ class Attention(Problem):
         """The derivatives $(m, B L)$ of mean and factor; no root or inverse of the covariance is formed."""
         raise NotImplementedError(f"{type(self).__name__} does not map Gaussians to Gaussians")
 
+    def rate_bound(self, trace: Array) -> Array:
+        r"""A bound of $\|B\|$ for covariances of this trace, from norms of the weights: the unit of rates."""
+        raise NotImplementedError(f"{type(self).__name__} does not map Gaussians to Gaussians")
+
+    def key_size(self, factor: Array) -> Array:
+        r"""The trace of $L^\top P L$: where it is large, rounding hides the directions that keys do not see."""
+        return jnp.zeros((), factor.dtype)
+
     def token_velocity(self, points: Array, weights: Array | None = None, queries: Array | None = None, tile: int = 1024) -> tuple[Array, Array]:
         """Velocity at each query (default: at each token) and the effective sample size of its average, in memory linear in the tokens."""
         raise NotImplementedError
@@ -112,6 +120,9 @@ class _Kernel(Attention):
         """$V$ as a matrix, also when it was given as a number."""
         return self.V if self.V.ndim else self.V * jnp.eye(self.dim, dtype=self.V.dtype)
 
+    def _weight_size(self) -> Array:
+        return jnp.linalg.norm(self.value_matrix) * jnp.linalg.norm(self.A)
+
     def _value(self, columns: Array) -> Array:
         return self.V @ columns if self.V.ndim else self.V * columns
 
@@ -145,7 +156,7 @@ class _Kernel(Attention):
 class Softmax(_Kernel):
     r"""Softmax attention, $\Gamma_\mu(x) = \int e^{c\langle Qx, Ky\rangle} V y\,d\mu(y) \big/ \int e^{c\langle Qx, Ky\rangle} d\mu(y)$.
 
-    On $\mathcal N(\alpha, \Sigma)$, with $A = c K^\top Q$: $m = V(\alpha + \Sigma A \alpha)$, $B = V \Sigma A$ (paper, softmax attention on Gaussians).
+    On $\mathcal N(\alpha, \Sigma)$, with $A = c K^\top Q$: $m = V(\alpha + \Sigma A \alpha)$, $B = V \Sigma A$ (paper, softmax on Gaussians).
 
     Args:
         Q: queries, shape `(k, dim)`.
@@ -183,6 +194,9 @@ class Softmax(_Kernel):
         pulled = self.scale * (cov @ self.K.T)
         return Velocity(self._value(mean + pulled @ (self.Q @ mean)), self._value(pulled @ self.Q))
 
+    def rate_bound(self, trace: Array) -> Array:
+        return self._weight_size() * trace
+
     def _gain(self, factor: Float[Array, "d r"], queries: Float[Array, "k n"]) -> Float[Array, "r n"]:
         return self.scale * ((self.K @ factor).T @ queries)
 
@@ -216,6 +230,13 @@ class L2(_Kernel):
         right = jnp.concatenate([self.Q, self._mean_query(mean)], axis=1)
         moved = self._value(2 * self.scale * (pulled @ _solve_shifted(2 * self.scale * (self.K @ pulled), right)))
         return Velocity(self._value(mean) + moved[:, -1], moved[:, :-1])
+
+    def rate_bound(self, trace: Array) -> Array:
+        return 2 * self._weight_size() * trace / (1 + 2 * jnp.linalg.norm(self.P) * trace)
+
+    def key_size(self, factor: Array) -> Array:
+        keys = self.K @ factor
+        return self.scale * (keys * keys).sum()
 
     def _gain(self, factor: Float[Array, "d r"], queries: Float[Array, "k n"]) -> Float[Array, "r n"]:
         keys = self.K @ factor

@@ -293,6 +293,7 @@ def _(check: Check, count: int) -> None:
     value = np.einsum("ni,nij,nj->n", u, symmetric[blown], u)
     check.above("number of heads that blow up", int(blown.sum()), count // 4)
     check.equal("rank of the profile", np.asarray(found.rank)[blown], 1, 0)
+    check.below("estimated error of the profile", np.asarray(found.error)[blown], 1e-6)
     check.below("distance of u from an eigenvector of V", np.linalg.norm(np.einsum("nij,nj->ni", symmetric[blown], u) - value[:, None] * u, axis=1), 1e-5)
     check.above("lambda u'Au", value * np.einsum("ni,nij,nj->n", u, base.A[blown], u), 0.0)
 

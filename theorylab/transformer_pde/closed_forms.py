@@ -27,7 +27,7 @@ def closed_form(flow: GaussianFlow, state: Gaussian, times: Any) -> Gaussian:
 
     | attention | values | state | solution (paper, closed forms) |
     |---|---|---|---|
-    | softmax | a number $v$ | any | $\Sigma(t) = L_0 (I - v t\, L_0^\top (A + A^\top) L_0)^{-1} L_0^\top$; mean if $A$ is symmetric or the mean zero |
+    | softmax | a number $v$ | any | $\Sigma(t) = L_0 (I - v t\, L_0^\top (A + A^\top) L_0)^{-1} L_0^\top$; mean if $A$ is symmetric or it is 0 |
     | L2 | a number $v$ | any | one scalar equation for each eigenvalue of $L_0^\top P L_0$, if $Q = r K$ |
     | softmax, L2 | any | factor of one column, zero mean | the orbit $z = e^{\tau V} u_0$ with its clock |
     | softmax, L2 | any, `k = 1`, $Q = r K$ | zero mean | the orbit of $\Sigma_0 K^\top$ with its clock |
@@ -162,7 +162,7 @@ def _log_inverse_growth(p: Float[Array, "r"], y: Float[Array, "r"]) -> Float[Arr
 
 
 def _rank_one_state(attention: Softmax | L2, state: Gaussian, times: Array) -> Gaussian:
-    r"""$\Sigma_0 = u_0 u_0^\top$: $\Sigma = z z^\top$ with $z = e^{\tau V} u_0$ and $\tau' = z^\top A z$, for L2 $2 z^\top A z / (1 + 2 z^\top P z)$."""
+    r"""$\Sigma_0 = u_0 u_0^\top$: $\Sigma = z z^\top$, $z = e^{\tau V} u_0$; $\tau' = z^\top A z$, or $2 z^\top A z / (1 + 2 z^\top P z)$ for L2."""
     _centered(state)
     u0, A, P = np.asarray(state.factor)[:, 0], np.asarray(attention.A), np.asarray(attention.P)
 
@@ -179,7 +179,7 @@ def _rank_one_state(attention: Softmax | L2, state: Gaussian, times: Array) -> G
 
 
 def _rank_one_head(attention: Softmax | L2, state: Gaussian, times: Array) -> Gaussian:
-    r"""One query $Q = r K = r q^\top$: with $y_0 = \Sigma_0 q$, $s_0 = q^\top y_0$, $z = e^{\tau V} y_0$: $L = L_0 + (z - y_0)\, q^\top L_0 / s_0$."""
+    r"""One query $Q = r K = r q^\top$: $y_0 = \Sigma_0 q$, $s_0 = q^\top y_0$, $z = e^{\tau V} y_0$: $L = L_0 + (z - y_0)\, q^\top L_0 / s_0$."""
     _centered(state)
     ratio, parallel = _proportion(attention)
     if not bool(parallel):
@@ -219,13 +219,13 @@ def _follow(V: np.ndarray, z0: np.ndarray, rate: Callable, zero: Callable, times
         return np.zeros(len(times)), np.repeat(z0[None], len(times), 0)
     sign, goal = np.sign(speed0), times.max(initial=0.0)
 
-    def at(sigma: np.ndarray) -> np.ndarray:
+    def at(sigma: Any) -> np.ndarray:
         return np.stack([expm(sign * s * V) @ z0 for s in np.atleast_1d(sigma)])
 
     step = 0.2 / np.linalg.norm(V, 2)
     edges, clock, series = [0.0], [0.0], []
 
-    def panel(right: float) -> None:
+    def panel(right: Any) -> None:
         left = edges[-1]
         half = (right - left) / 2
         integrand = 1 / np.abs(rate(at(left + half * (1 + NODES))))
@@ -267,13 +267,16 @@ def _invert(t: float, edges: list[float], clock: list[float], series: list[np.nd
         if abs(new - x) < 1e-16:
             break
         x = new
-    return edges[i] + (edges[i + 1] - edges[i]) * (1 + x) / 2
+    return float(edges[i] + (edges[i + 1] - edges[i]) * (1 + x) / 2)
 
 
 def _bisect(f: Callable[[float], float], left: float, right: float) -> float:
     from scipy.optimize import brentq
 
-    return float(brentq(f, left, right, xtol=1e-300, rtol=1e-15)) if f(left) * f(right) < 0 else right
+    if f(left) * f(right) >= 0:
+        return right
+    root: Any = brentq(f, left, right, xtol=1e-300, rtol=np.float64(1e-15))
+    return float(root)
 
 
 def _proportion(attention: Softmax | L2) -> tuple[Array, Array]:

@@ -129,7 +129,8 @@ class Signs(NamedTuple):
         certain: it is certain to round-off.
         at_rest: $t\,\|\Sigma'\|$ is below 1e-8 of the trace: an approach like $1/t$ would change no more than that.
         settled: $\Sigma / \operatorname{tr}\Sigma$ has converged while the trace goes on shrinking.
-        growing: the trace grows without acceleration, and has come far: the growth is below 1e-4 of its bound (softmax), or the keys exceed 1e10 (L2).
+        growing: the trace grows without acceleration, and has come far: to where rounding or stiffness hide what drives it.
+        unsettled: how far $R R^\top$ moves while the trace changes by a factor $e$ or so.
     """
 
     blow_up_time: Array
@@ -137,6 +138,7 @@ class Signs(NamedTuple):
     at_rest: Array
     settled: Array
     growing: Array
+    unsettled: Array
 
 
 class Desingularized(Flow):
@@ -156,6 +158,7 @@ class Desingularized(Flow):
 
     Args:
         attention: a variant that maps Gaussians to Gaussians and whose covariance does not feel the mean.
+        settle: go on after $t^*$ is certain until the direction $R R^\top$ has settled too, which takes longer where eigenvalues of $V$ are close.
 
     Example:
         >>> from theorylab import transformer_pde as tp
@@ -166,6 +169,7 @@ class Desingularized(Flow):
     """
 
     attention: Attention
+    settle: bool = choice(False, among=(True, False))
 
     def lift(self, y0: Any) -> Direction:
         """The direction, trace and time of a Gaussian; a state that is a `Direction` already is kept, so that a run can go on."""
@@ -181,12 +185,9 @@ class Desingularized(Flow):
         return Direction(factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe), jnp.zeros_like(safe))
 
     def pace(self, y: Direction) -> Array:
-        r"""A bound of $\|D\|$ from norms of the weights, 1 if they vanish: $\|V\|\|A\|\operatorname{tr}\Sigma$, saturating for L2."""
-        head = self.attention
-        size = jnp.linalg.norm(head.value_matrix) * jnp.linalg.norm(head.A)
-        trace = jnp.exp(y.log_trace)
-        bound = size * trace if head.degree == 2 else 2 * size * trace / (1 + 2 * jnp.linalg.norm(head.P) * trace)
-        return jnp.where(bound > 0, bound, 1.0).astype(trace.dtype)
+        r"""A bound of $\|D\|$ from norms of the weights, 1 if they vanish."""
+        bound = self.attention.rate_bound(jnp.exp(y.log_trace))
+        return jnp.where(bound > 0, bound, 1.0).astype(y.log_trace.dtype)
 
     def rates(self, y: Direction) -> tuple[Array, Array, Array]:
         r"""$D$, $c$ and $ds/dt$."""
@@ -217,18 +218,17 @@ class Desingularized(Flow):
             remaining = jnp.where(falling, -u / jnp.where(falling, slope, -1.0), jnp.inf)
         motion = 2 * _symmetric(drift @ y.matrix.T)
         at_rest = jnp.linalg.norm(motion) < _level(y, 1e-8) * speed
-        settled = (growth < 0) & (jnp.linalg.norm(motion - 2 * growth * y.cov) < _level(y, 1e-8) * jnp.abs(growth))
+        unsettled = _ratio(jnp.linalg.norm(motion - 2 * growth * y.cov), jnp.abs(growth))
+        settled = (growth < 0) & (unsettled < _level(y, 1e-8))
         certain = remaining < 1000 * jnp.finfo(remaining.dtype).eps * (y.time + remaining)
         growing = self._is_far(y, growth) & (growth > 0.05 * speed) & (slope > -0.1) & (slope < 5) & ~certain
-        return Signs(y.time + remaining, certain, at_rest, settled, growing)
+        return Signs(y.time + remaining, certain, at_rest, settled, growing, unsettled)
 
     def _is_far(self, y: Direction, growth: Array) -> Array:
-        """Whether growth has come so far that rounding, or stiffness, will soon hide what drives it."""
-        if self.attention.degree == 2:
-            return growth < 1e-4 * self.pace(y)
-        keys, tiny = self.attention.K @ y.matrix, jnp.finfo(y.matrix.dtype).tiny
-        grown = y.log_trace + jnp.log(self.attention.scale * (keys * keys).sum() + tiny) > math.log(1e10)
-        return grown | (y.log_trace + jnp.log(jnp.linalg.norm(self.attention.P) + tiny) > 80)
+        """Whether growth has come so far that rounding (large keys) or stiffness (a velocity far below its bound) will soon hide what drives it."""
+        size = self.attention.key_size(y.matrix)
+        large = y.log_trace + jnp.log(jnp.where(size > 0, size, 1.0)) * (size > 0).astype(size.dtype) > math.log(1e10)
+        return (large & (size > 0)) | (y.log_trace > 100) | ((growth < 1e-4 * self.pace(y)) if self.attention.degree == 2 else False)
 
     def metrics(self, t: Array, y: Direction) -> dict[str, Array]:
         r"""`blow_up_time` (the running estimate, infinite where the trace does not point to one), `log_trace`, and `depth` (the time $t$)."""
@@ -241,11 +241,15 @@ class Desingularized(Flow):
     def events(self) -> tuple[Event, ...]:
         """Blow-up; rest, decay or growth."""
 
+        def blow_up(s: Array, y: Direction) -> Array:
+            signs = self.signs(y)
+            return signs.certain & (signs.unsettled < _level(y, 1e-8)) if self.settle else signs.certain
+
         def other(s: Array, y: Direction) -> Array:
             signs = self.signs(y)
             return signs.at_rest | signs.settled | signs.growing
 
-        return (Event("blow-up", lambda s, y: self.signs(y).certain, Status.BLOWUP), Event("rest, decay or growth", other, Status.CONVERGED))
+        return (Event("blow-up", blow_up, Status.BLOWUP), Event("rest, decay or growth", other, Status.CONVERGED))
 
 
 def last(states: Any) -> Any:
@@ -259,7 +263,7 @@ def last(states: Any) -> Any:
 
 
 def _ratio(top: Array, bottom: Array) -> Array:
-    """top / bottom, and zero where the denominator is zero."""
+    """The quotient, and zero where the denominator is zero."""
     return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0).astype(top.dtype)
 
 

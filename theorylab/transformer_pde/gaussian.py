@@ -127,7 +127,7 @@ class Gaussian(Module):
 
     @property
     def factor(self) -> Array:
-        """A matrix $L$ of shape `(..., dim, columns)` with $L L^\\top$ the covariance."""
+        r"""A matrix $L$ of shape `(..., dim, columns)` with $L L^\top$ the covariance."""
         return _initial_factor(self._cov) if self._factor is None else self._factor
 
     @property
@@ -293,8 +293,10 @@ def _symmetric(matrix: Array) -> Array:
 
 
 def _initial_factor(cov: Any) -> Array:
-    """Rule of paper, section on the factor form: Cholesky only if well conditioned (it can succeed on a rounded singular matrix and
-    misreport its rank), else eigenvectors with the negligible eigenvalues dropped. A traced covariance gives its symmetric root."""
+    """Cholesky only if well conditioned (it can succeed on a rounded singular matrix and misreport its rank), else eigenvectors.
+
+    Negligible eigenvalues are dropped. A traced covariance gives its symmetric root, whose rank cannot be looked at.
+    """
     if tree.is_traced(cov):
         from theorylab.core.psd import sqrtm
 

@@ -33,8 +33,8 @@ def _check(attention: Any, state: Any) -> Gaussian:
 class ResidualLayers(Method):
     r"""One step is one residual layer $x \mapsto x + h\,\Gamma(x)$ of a Transformer, exact on a Gaussian.
 
-    With $m$ and $B$ of the state before the layer: $\alpha \leftarrow \alpha + h m$, $L \leftarrow (I + hB) L$. The covariance stays positive semidefinite
-    for any $h$, and the state converges to the flow at first order.
+    With $m$ and $B$ of the state before the layer: $\alpha \leftarrow \alpha + h m$, $L \leftarrow (I + hB) L$. The covariance stays positive
+    semidefinite for any $h$, and the state converges to the flow at first order.
 
     Args:
         step_size: $h$, the depth of a layer.
@@ -44,7 +44,7 @@ class ResidualLayers(Method):
         >>> head = tp.Softmax(jnp.eye(2), jnp.eye(2), -1.0)
         >>> network = tl.iterate(head, tp.ResidualLayers(0.01), tp.Gaussian.standard(2), steps=100)
         >>> round(float(network.value.cov[0, 0]), 3)                      # the flow reaches 1/3
-        0.33
+        0.331
     """
 
     step_size: Any = number(above=0.0)

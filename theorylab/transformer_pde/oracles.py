@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,8 @@ class Limit(NamedTuple):
     r"""The long-run behavior of a covariance. With leading axes of states, each entry has them.
 
     Attributes:
-        cov: $\lim \Sigma(t)$ for `FROZEN`, `ROTATING` and `ZERO`; $\lim \Sigma / \operatorname{tr}\Sigma$ for `BLOWUP` and `GROWING`; for `UNDECIDED` the last state.
+        cov: $\lim \Sigma(t)$ for `FROZEN`, `ROTATING` and `ZERO`; $\lim \Sigma / \operatorname{tr}\Sigma$ for `BLOWUP` and `GROWING`;
+            the last state for `UNDECIDED`.
         rank: rank of `cov`, by persistence: eigenvalues that decay to zero do not count however slowly they do.
         regime: a `Regime`; an integer array for a batch or inside compiled code.
         error: estimate of the Frobenius error of `cov`: round-off for closed forms, else the part that was extrapolated.
@@ -92,7 +94,7 @@ def blow_up_time(flow: GaussianFlow, state: Gaussian) -> Array:
     attention = _checked(flow, state, "blow_up_time")
     if isinstance(attention, Softmax) and attention.V.ndim == 0:
         return scalar_blow_up_time(attention, state.factor)
-    return _over_states(lambda factor: _numerical(attention, factor)[1], state)
+    return _over_states(lambda factor: _run(attention, factor, settle=False)[1], state)
 
 
 def limit(flow: GaussianFlow, state: Gaussian) -> Limit:
@@ -118,7 +120,7 @@ def limit(flow: GaussianFlow, state: Gaussian) -> Limit:
     if isinstance(attention, Softmax) and attention.V.ndim == 0:
         found = _over_states(lambda factor: _scalar_limit(attention, factor), state)
     else:
-        found = _over_states(lambda factor: _numerical(attention, factor)[0], state)
+        found = _over_states(lambda factor: _run(attention, factor, settle=True)[0], state)
     if is_concrete(found.regime) and found.regime.ndim == 0:
         return found._replace(regime=Regime(int(found.regime)))
     return found
@@ -135,7 +137,7 @@ def regime(flow: GaussianFlow, state: Gaussian) -> Any:
 
 
 def energy(attention: Attention, state: Gaussian) -> Array:
-    r"""The potential $F$ whose descent in the Bures geometry is the flow: $\Sigma' = -2(\nabla F\,\Sigma + \Sigma\,\nabla F)$ (paper, gradient flows).
+    r"""The potential $F$ whose Bures gradient descent is the flow: $\Sigma' = -2(\nabla F\,\Sigma + \Sigma\,\nabla F)$ (paper, gradient flows).
 
     Softmax with $A$ symmetric and $V = sA$: $F = -\tfrac14 \operatorname{tr}(V\Sigma A\Sigma)$.
     L2 with $Q = rK$ and $V = sP$: $F = -rs\,[\tfrac12\operatorname{tr}(P\Sigma) - \tfrac14\log\det(I + 2P\Sigma)]$.
@@ -216,14 +218,10 @@ def _scalar_limit(attention: Softmax, factor: Float[Array, "d r"]) -> Limit:
     return Limit(cov, rank.astype(jnp.int32), kind.astype(jnp.int32), 10 * jnp.finfo(cov.dtype).eps * jnp.linalg.norm(cov))
 
 
-def _numerical(attention: Attention, factor: Float[Array, "d r"]) -> tuple[Limit, Array]:
+@partial(jax.jit, static_argnames="settle")
+def _run(attention: Attention, factor: Float[Array, "d r"], settle: bool) -> tuple[Limit, Array]:
     """Limit and blow-up time from one run in the desingularized clock; always in the compiled loop, so that batches and sweeps share it."""
-    return _run(attention, factor)
-
-
-@jax.jit
-def _run(attention: Attention, factor: Float[Array, "d r"]) -> tuple[Limit, Array]:
-    flow = Desingularized(attention)
+    flow = Desingularized(attention, settle)
     start = Gaussian._raw(jnp.zeros(factor.shape[0], factor.dtype), factor, None)
     single = factor.dtype == jnp.float32
     sol = integrate(flow, start, jnp.array([0.0, CLOCK_END], factor.dtype), rtol=1e-5 if single else 1e-10, atol=1e-6 if single else 1e-12,
@@ -236,7 +234,7 @@ def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Arr
     attention = flow.attention
     drift, _, speed = flow.rates(y)
     signs, motion = flow.signs(y), 2 * _symmetric(drift @ y.matrix.T)
-    ended, blows = status == Status.CONVERGED, status == Status.BLOWUP
+    ended, blows = status == Status.CONVERGED, (status == Status.BLOWUP) | signs.certain
     grows, settled = ended & signs.growing, ended & signs.settled
     rests = ended & ~grows & ~settled
     empty = (y.matrix == 0).all()
@@ -251,8 +249,9 @@ def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Arr
     trace = jnp.where(blows | grows, 1 / jnp.trace(direction), jnp.exp(y.log_trace))
     zero = kind == Regime.ZERO
     cov = jnp.where(zero, 0.0, trace * direction).astype(direction.dtype)
-    # the direction of a blow-up is approached like the time that is left, the tail is removed up to its square
-    error = jnp.where(zero, 0.0, trace * jnp.maximum(jnp.linalg.norm(tail), 1e-10)).astype(direction.dtype)
+    # a settling direction has about its present motion still to go; the tail of a frozen state is removed up to its square
+    rest = jnp.where(blows | grows, signs.unsettled, jnp.linalg.norm(tail))
+    error = jnp.where(zero, 0.0, trace * jnp.maximum(rest, 1e-10)).astype(direction.dtype)
     error = jnp.where(kind == Regime.UNDECIDED, jnp.inf, error).astype(direction.dtype)
     found = Limit(cov, jnp.where(zero, 0, rank).astype(jnp.int32), kind.astype(jnp.int32), error)
 

@@ -21,8 +21,8 @@ Array = jax.Array
 class Particles(Flow):
     r"""Tokens under attention, $x_i' = \Gamma_\mu(x_i)$ with $\mu = \sum_j w_j \delta_{x_j}$ (paper, interacting particle system).
 
-    A finite cloud never blows up, whatever its Gaussian limit does: its velocity is bounded by $\|V\| \max_j |x_j|$. Memory is linear in the number of
-    tokens: logits exist one `tile` by `tile` block at a time. Integrated, it gives a `Cloud` with a leading axis of times.
+    A finite cloud never blows up, whatever its Gaussian limit does: its velocity is bounded by $\|V\| \max_j |x_j|$. Memory is linear in the
+    number of tokens: logits exist one `tile` by `tile` block at a time. Integrated, it gives a `Cloud` with a leading axis of times.
 
     Args:
         attention: any variant.
@@ -59,7 +59,7 @@ class Particles(Flow):
         return eqx.tree_at(lambda c: c.points, jax.tree.map(jnp.zeros_like, y), moved)
 
     def metrics(self, t: Array, y: Cloud) -> dict[str, Array]:
-        r"""`eigenvalues` (ascending), `rank`, `trace` and `mean` of the cloud; `effective_sample_size`, the smallest $1 / \sum_j p_{ij}^2$ of a token.
+        r"""`eigenvalues` (ascending), `rank`, `trace` and `mean` of the cloud; `effective_sample_size`, the least $1 / \sum_j p_{ij}^2$ of a token.
 
         Where the effective sample size is small, few tokens decide an average and the Monte-Carlo error exceeds $n^{-1/2}$.
         """
