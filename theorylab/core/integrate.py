@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -99,8 +100,11 @@ def integrate(
     max_steps = checks.whole("max_steps", max_steps, low=1)
     traced = tree.is_traced(flow, y0, times, rtol, atol, step, collapse)
     grid = _as_times(times, dtype)
-    numbers = _numbers(rtol, atol, collapse, step, dtype, grid, max_steps)
+    plain = all(type(v) is float or v is None for v in (rtol, atol, collapse, step))  # usual, and then checked and packed once
+    numbers = (_plain_numbers if plain else _numbers)(rtol, atol, collapse, step, dtype)
     fixed = step is not None
+    if fixed:
+        _check_count(step, grid, max_steps)
     solver = _as_solver(solver, rtol, stiff, fixed)
     whole = (flow, record, solver)
     if traced:
@@ -159,22 +163,25 @@ def _is_plain(leaves: list[Any]) -> bool:
 def _as_times(times: Any, dtype: Any) -> Any:
     """The save times in the precision of the state."""
     if not checks.known(times):
-        if times.ndim != 1 or times.shape[0] < 1:
-            raise ShapeError(f"times must have shape (any,), got {times.shape}")
-        return times.astype(dtype)
+        grid = jnp.asarray(times, dtype)
+        if grid.ndim != 1 or grid.size < 1:
+            raise ShapeError(f"times must be one axis of at least one time, got shape {grid.shape}")
+        return grid
     try:
         grid = np.asarray(times, float)
     except (TypeError, ValueError):
         raise ArgumentError(f"times must be real numbers, got {times!r}") from None
     if grid.ndim != 1 or grid.size < 1:
         raise ShapeError(f"times must be one axis of at least one time, got shape {grid.shape}")
-    if not np.isfinite(grid).all():
-        at = int(np.flatnonzero(~np.isfinite(grid))[0])
+    bad = ~np.isfinite(grid)
+    if bad.any():
+        at = int(bad.argmax())
         raise ArgumentError(f"times must be finite, got {grid[at]} at index {at}; integrate to a large time and let an event or BLOWUP end the run")
     grid = grid.astype(dtype)
-    if grid.size > 1 and not (np.diff(grid) > 0).all():
-        at = int(np.flatnonzero(~(np.diff(grid) > 0))[0])
-        if (np.diff(grid) < 0).all():
+    still = grid[1:] <= grid[:-1]
+    if still.any():
+        at = int(still.argmax())
+        if (grid[1:] < grid[:-1]).all():
             raise ArgumentError("times must increase, got decreasing times: time does not run backward here, because events and blow-up refer to its "
                                 "direction; integrate the flow of -field(-t, y) over the negated times")
         raise ArgumentError(f"times must increase strictly, got {grid[at]:.17g} at index {at} and {grid[at + 1]:.17g} after it "
@@ -182,20 +189,27 @@ def _as_times(times: Any, dtype: Any) -> Any:
     return grid
 
 
-def _numbers(rtol: Any, atol: Any, collapse: Any, step: Any, dtype: Any, grid: Any, max_steps: int) -> Any:
-    """The traced numbers as one array."""
+def _numbers(rtol: Any, atol: Any, collapse: Any, step: Any, dtype: Any) -> Any:
+    """The traced numbers as one array, after checks."""
     if step is None:
         checks.tolerance("rtol", rtol, dtype)
     else:
         checks.real("rtol", rtol, above=0.0)
         checks.real("step", step, above=0.0)
-        needed = (grid[-1] - grid[0]) / float(step) if checks.known(step, grid) else 0
-        if needed > max_steps + 0.5:
-            raise ArgumentError(f"step={float(step):g} needs {needed:.0f} steps, more than max_steps={max_steps}: raise one of them")
     checks.real("atol", atol, low=0.0)
     checks.real("collapse", collapse, low=0.0, below=1.0)
     values = (rtol, atol, collapse, 0.0 if step is None else step)
     return np.array([float(v) for v in values], dtype) if checks.known(values) else jnp.stack([jnp.asarray(v, dtype) for v in values])
+
+
+_plain_numbers = functools.lru_cache(maxsize=256)(_numbers)
+
+
+def _check_count(step: Any, grid: Any, max_steps: int) -> None:
+    """A fixed step must get to the end."""
+    needed = (grid[-1] - grid[0]) / float(step) if checks.known(step, grid) else 0
+    if needed > max_steps + 0.5:
+        raise ArgumentError(f"step={float(step):g} needs {needed:.0f} steps, more than max_steps={max_steps}: raise one of them")
 
 
 def _as_solver(solver: Any, rtol: Any, stiff: bool, fixed: bool) -> Any:
