@@ -193,11 +193,11 @@ class Solution(eqx.Module, Generic[X]):
 
         return to_pandas(self.history)
 
-    def plot(self, *names: str, axis: str = "step", ax: Any = None, log: bool = True) -> Any:
-        """Draw columns of the history against an axis; returns the matplotlib Axes."""
+    def plot(self, *names: str, axis: str | None = None, ax: Any = None, log: bool = True) -> Any:
+        """Draw columns of the history against an axis (the first one recorded: step or time); returns the matplotlib Axes."""
         from theorylab.core.show import plot_history
 
-        return plot_history(self.history, names, axis=axis, ax=ax, log=log)
+        return plot_history(self.history, names, axis=next(iter(self.history.axes)) if axis is None else axis, ax=ax, log=log)
 
     def _summary(self) -> list[tuple[str, str]]:
         from theorylab.core.show import summary
