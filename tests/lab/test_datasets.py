@@ -207,7 +207,8 @@ def test_mnist_is_read_from_its_two_files(folders, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"plain", gzip.compress(b""), gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc"), idx(np.zeros(3, np.uint8))[:-9],
-                                     gzip.compress(b"\0\0\x0d\x01\0\0\0\x00")])
+                                     gzip.compress(b"\0\0\x0d\x01\0\0\0\x00")],
+                         ids=["not gzip", "empty", "short", "cut", "other type"])
 def test_what_is_not_idx_is_refused(content):
     with pytest.raises(DatasetError, match=r"not a(n| gzipped) IDX file"):
         parse_idx(content)

@@ -240,9 +240,11 @@ class L2(_Kernel):
 
     def _gain(self, factor: Float[Array, "d r"], queries: Float[Array, "k n"]) -> Float[Array, "r n"]:
         keys = self.K @ factor
+        root = jnp.sqrt(2 * self.scale).astype(keys.dtype)
+        upper, lower = _ridge_basis(root * (keys.T if keys.shape[0] <= keys.shape[1] else keys))
         if keys.shape[0] <= keys.shape[1]:
-            return 2 * self.scale * (keys.T @ _solve_shifted(2 * self.scale * (keys @ keys.T), queries))
-        return 2 * self.scale * _solve_shifted(2 * self.scale * (keys.T @ keys), keys.T @ queries)
+            return root * (upper @ (lower.T @ queries))
+        return root * (lower @ (upper.T @ queries))
 
     def _mean_query(self, mean: Float[Array, "d"]) -> Float[Array, "k 1"]:
         return ((self.Q - self.K) @ mean)[:, None]
@@ -361,6 +363,27 @@ def _solve_shifted(gram: Float[Array, "k k"], right: Float[Array, "k n"]) -> Flo
     """Solve (I + gram) x = right for a positive semidefinite `gram`."""
     factor = jnp.linalg.cholesky(gram + jnp.eye(gram.shape[0], dtype=gram.dtype), symmetrize_input=False)
     return jax.scipy.linalg.cho_solve((factor, True), right)
+
+
+def _ridge_basis(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
+    r"""The blocks $(E, F)$ of the orthonormal basis of the columns of $(M; I)$: $(I + M^\top M)^{-1} M^\top = F E^\top$.
+
+    Half the digits that a solve with $I + M^\top M$ would lose are kept. Few columns are orthogonalized by arithmetic that batches well; the
+    factorizations of LAPACK do not.
+    """
+    m, n = matrix.shape
+    stacked = jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)])
+    if n > 4:
+        basis = jnp.linalg.qr(stacked)[0]
+    else:
+        columns: list[Array] = []
+        for j in range(n):
+            column = stacked[:, j]
+            for done in columns:
+                column = column - (done @ column) * done
+            columns.append(column / jnp.sqrt(column @ column))
+        basis = jnp.stack(columns, axis=1)
+    return basis[:m], basis[m:]
 
 
 def _tiles(rows: Array, tile: int, fill: float) -> Array:

@@ -227,7 +227,7 @@ class Desingularized(Flow):
     def _is_far(self, y: Direction, growth: Array) -> Array:
         """Whether growth has come so far that rounding (large keys) or stiffness (a velocity far below its bound) will soon hide what drives it."""
         size = self.attention.key_size(y.matrix)
-        large = y.log_trace + jnp.log(jnp.where(size > 0, size, 1.0)) * (size > 0).astype(size.dtype) > math.log(1e10)
+        large = y.log_trace + jnp.log(jnp.where(size > 0, size, 1.0)) * (size > 0).astype(size.dtype) > math.log(1e8)
         return (large & (size > 0)) | (y.log_trace > 100) | ((growth < 1e-4 * self.pace(y)) if self.attention.degree == 2 else False)
 
     def metrics(self, t: Array, y: Direction) -> dict[str, Array]:
