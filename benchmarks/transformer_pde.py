@@ -131,7 +131,7 @@ def sweep(side: int, rounds: int, sample: int) -> list[dict[str, Any]]:
     def follow(end: float, rtol: float, solver: Any) -> Any:
         """A run to `end` in the clock that never ends; without an end, every lane runs until its time is certain."""
         times = np.array([0.0, end])
-        return tl.integrate(flow, state, times, rtol=rtol, atol=rtol / 100, solver=solver, runs=count, max_steps=2000, throw=False)
+        return tl.integrate(flow, state, times, rtol=rtol, atol=rtol, solver=solver, runs=count, max_steps=2000, throw=False)
 
     def compiled_euler() -> Array:
         sol = tl.iterate(matrix.attention, tp.OfficialEuler(0.01), state, steps=50_000, runs=count, stop=tl.Above("trace", 1e3), keep="last")
@@ -208,7 +208,7 @@ def trajectory(rounds: int, ladder: list[float], steps: tuple[int, ...], seed: i
                 compiled[f"diffrax {type(solver).__name__}{about}{name}"] = bare(solver, adjoint, controller)
     tasks: dict[tuple[str, float | None], Callable[[], Array]] = {}
     main: set[tuple[str, float | None]] = set()
-    for rtol in sorted({1e-6, 1e-10, *ladder}, reverse=True):
+    for rtol in dict.fromkeys([1e-6, 1e-10, *ladder]):
         listed = rtol in (1e-6, 1e-10)
         if listed:
             tasks["integrate, factor form", rtol] = lambda rtol=rtol: ours(flow, rtol)

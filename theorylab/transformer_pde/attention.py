@@ -359,21 +359,32 @@ def is_concrete(*trees: Any) -> bool:
     return not tree.is_traced(*trees)
 
 
+UNROLLED = 4
+"""Matrices up to this size are factored by plain arithmetic: it batches over thousands of states, the calls of LAPACK do not."""
+
+
 def _solve_shifted(gram: Float[Array, "k k"], right: Float[Array, "k n"]) -> Float[Array, "k n"]:
     """Solve (I + gram) x = right for a positive semidefinite `gram`."""
-    factor = jnp.linalg.cholesky(gram + jnp.eye(gram.shape[0], dtype=gram.dtype), symmetrize_input=False)
-    return jax.scipy.linalg.cho_solve((factor, True), right)
+    k = gram.shape[0]
+    matrix = gram + jnp.eye(k, dtype=gram.dtype)
+    if k > UNROLLED:
+        factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+        return jax.scipy.linalg.cho_solve((factor, True), right)
+    rows = [jnp.concatenate([matrix[i], right[i]]) for i in range(k)]
+    for i in range(k):                                                               # elimination needs no pivots: the matrix is definite
+        rows[i] = rows[i] / rows[i][i]
+        rows = [row if j == i else row - row[i] * rows[i] for j, row in enumerate(rows)]
+    return jnp.stack(rows)[:, k:]
 
 
 def _ridge_basis(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
     r"""The blocks $(E, F)$ of the orthonormal basis of the columns of $(M; I)$: $(I + M^\top M)^{-1} M^\top = F E^\top$.
 
-    Half the digits that a solve with $I + M^\top M$ would lose are kept. Few columns are orthogonalized by arithmetic that batches well; the
-    factorizations of LAPACK do not.
+    Half the digits that a solve with $I + M^\top M$ would lose are kept.
     """
     m, n = matrix.shape
     stacked = jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)])
-    if n > 4:
+    if n > UNROLLED:
         basis = jnp.linalg.qr(stacked)[0]
     else:
         columns: list[Array] = []

@@ -97,7 +97,7 @@ def _(check: Check, count: int) -> None:
     for kind, made in KINDS.items():
         worst = []
         for i in range(count):
-            head = random_attention(kind, i, dim=2)
+            head: Any = random_attention(kind, i, dim=2)
             root = np.eye(2) + 0.3 * np.asarray(jax.random.normal(stream(i, "factor"), (2, 2)))
             # the oracle is exact only while the tilted measure stays inside the node cloud
             tilt = [np.asarray(head.A)] if kind == "softmax" else [2 * np.asarray(head.A), 2 * np.asarray(head.P)]
@@ -148,7 +148,8 @@ def _(check: Check, tokens: int) -> None:
 
 
 @claim("transformer_pde.equivariance", source="companion derivation, change of basis",
-       statement=r"$(\alpha, \Sigma, V, A, P) \mapsto (M\alpha, M\Sigma M^\top, MVM^{-1}, M^{-\top}AM^{-1}, M^{-\top}PM^{-1})$ maps solutions to solutions.",
+       statement=r"$(\alpha, \Sigma, V, A, P) \mapsto (M\alpha, M\Sigma M^\top, MVM^{-1}, M^{-\top}AM^{-1}, M^{-\top}PM^{-1})$ "
+                 r"maps solutions to solutions.",
        fast={"count": 16}, full={"count": 256})
 def _(check: Check, count: int) -> None:
     base, M = heads(count, seed=1), np.eye(DIM) + 0.4 * np.asarray(jax.random.normal(stream(1, "M"), (DIM, DIM)))
@@ -225,7 +226,7 @@ def _(check: Check, count: int) -> None:
             gradient = np.linalg.solve(factor.T, slope.T).T / 2
             matrix = np.asarray(head.velocity(jnp.zeros(DIM), jnp.asarray(cov)).matrix)
             field = matrix @ cov + cov @ matrix.T
-            distance[kind].append(np.linalg.norm(field + 2 * (gradient @ cov + cov @ gradient)) / np.linalg.norm(field))
+            distance[kind].append(float(np.linalg.norm(field + 2 * (gradient @ cov + cov @ gradient)) / np.linalg.norm(field)))
     for kind, seen in distance.items():
         check.below(f"{kind}: field against the gradient by automatic differentiation", seen, 1e-10)
 
@@ -276,7 +277,8 @@ def _(check: Check, count: int) -> None:
     form = np.swapaxes(base.factor, -1, -2) @ symmetric @ base.factor
     top, measured = np.linalg.eigvalsh(form)[:, -1], blow_up_times(base)
     finite = top > 0
-    check.true("blow-up exactly where the form has a positive eigenvalue", (np.isfinite(measured) == finite).all(), f"{int(finite.sum())} of {count} blow up")
+    check.true("blow-up exactly where the form has a positive eigenvalue", (np.isfinite(measured) == finite).all(),
+               f"{int(finite.sum())} of {count} blow up")
     check.below("relative error of the blow-up time", np.abs(measured[finite] * top[finite] - 1), 1e-6)
 
 
@@ -294,7 +296,8 @@ def _(check: Check, count: int) -> None:
     check.above("number of heads that blow up", int(blown.sum()), count // 4)
     check.equal("rank of the profile", np.asarray(found.rank)[blown], 1, 0)
     check.below("estimated error of the profile", np.asarray(found.error)[blown], 1e-6)
-    check.below("distance of u from an eigenvector of V", np.linalg.norm(np.einsum("nij,nj->ni", symmetric[blown], u) - value[:, None] * u, axis=1), 1e-5)
+    apart_from_eigenvector = np.linalg.norm(np.einsum("nij,nj->ni", symmetric[blown], u) - value[:, None] * u, axis=1)
+    check.below("distance of u from an eigenvector of V", apart_from_eigenvector, 1e-5)
     check.above("lambda u'Au", value * np.einsum("ni,nij,nj->n", u, base.A[blown], u), 0.0)
 
 
@@ -318,15 +321,16 @@ def _(check: Check, count: int) -> None:
     spectral = lambda a: np.linalg.norm(a, 2, axis=(-2, -1))  # noqa: E731
     keys = np.linalg.svd(base.K, compute_uv=False)[:, -1] ** 2
     grown = spectral(follow("l2", base, 0.5, 1.0)[-1][1])
-    check.below("norm over its bound with injective keys", grown / (spectral(base.cov) * np.exp(2 * spectral(base.V) * spectral(base.A) / keys)), 1.0)
+    bound = spectral(base.cov) * np.exp(2 * spectral(base.V) * spectral(base.A) / keys)
+    check.below("norm over its bound with injective keys", grown / bound, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------ limits
 
 
 @claim("transformer_pde.limit-is-the-schur-complement", source=f"{PAPER}, rank of the limit",
-       statement=r"$V = I$, $K = -Q$: $\Sigma_\infty = \Sigma_0 - \Sigma_0Q^\top(Q\Sigma_0Q^\top)^{-1}Q\Sigma_0$, of rank $d - \operatorname{rank} Q$, "
-                 r"for softmax and L2.",
+       statement=r"$V = I$, $K = -Q$: $\Sigma_\infty = \Sigma_0 - \Sigma_0Q^\top(Q\Sigma_0Q^\top)^{-1}Q\Sigma_0$, of rank "
+                 r"$d - \operatorname{rank} Q$, for softmax and L2.",
        fast={"count": 8}, full={"count": 100})
 def _(check: Check, count: int) -> None:
     base = heads(count, seed=10, rank=1)
@@ -354,7 +358,8 @@ def _(check: Check, count: int) -> None:
 
 
 @claim("transformer_pde.lyapunov", source="companion derivation, Lyapunov function",
-       statement=r"$V \succ 0$ symmetric, $\operatorname{sym} A \preceq 0$: $\operatorname{tr}(V^{-1}\Sigma)$ does not increase, for softmax; for L2 if $A = -P$.",
+       statement=r"$V \succ 0$ symmetric, $\operatorname{sym} A \preceq 0$: $\operatorname{tr}(V^{-1}\Sigma)$ does not increase, for softmax; "
+                 r"for L2 if $A = -P$.",
        fast={"count": 16}, full={"count": 256})
 def _(check: Check, count: int) -> None:
     base = heads(count, seed=12)
@@ -366,8 +371,8 @@ def _(check: Check, count: int) -> None:
 
 
 @claim("transformer_pde.scalar-laws", source="companion derivation, one dimension",
-       statement=r"$d = 1$, $V = 1$, $A = a$: blow-up at $1/(2a\sigma_0)$ (softmax); $t\sigma \to 1/(2|a|)$ (softmax) and $1/(4|a|)$ (L2, $K = -Q$) for $a < 0$; "
-                 r"L2 grows like $e^{2t}$ for $a = P > 0$.",
+       statement=r"$d = 1$, $V = 1$, $A = a$: blow-up at $1/(2a\sigma_0)$ (softmax); $t\sigma \to 1/(2|a|)$ (softmax) and "
+                 r"$1/(4|a|)$ (L2, $K = -Q$) for $a < 0$; L2 grows like $e^{2t}$ for $a = P > 0$.",
        fast={"far": 1e4}, full={"far": 1e6})
 def _(check: Check, far: float) -> None:
     a, one = 0.7, Gaussian.from_factor(np.zeros(1), [[1.2]])
