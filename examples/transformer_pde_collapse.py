@@ -5,14 +5,12 @@
 # of tokens collapse to a line; the opposite sign of $V$ makes the same tokens blow up in finite depth. Both are computed from the moment equations and from the tokens themselves.
 
 # %%
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
 import theorylab as tl
 from theorylab import transformer_pde as tp
-from theorylab.lab.style import COLORS, figsize, label_lines, paper_style
+from theorylab.lab.style import COLORS, figsize, label_lines, look, paper_style
 
 # %% [markdown]
 # ## Collapse
@@ -24,13 +22,13 @@ from theorylab.lab.style import COLORS, figsize, label_lines, paper_style
 # which has rank one: every token ends on the line orthogonal to $q$. `limit` finds it without integrating to infinity.
 
 # %%
-q = jnp.array([[0.4, 0.9]])
-start = tp.Gaussian(jnp.zeros(2), jnp.array([[1.0, 0.3], [0.3, 0.6]]))
+q = np.array([[0.4, 0.9]])
+start = tp.Gaussian(np.zeros(2), np.array([[1.0, 0.3], [0.3, 0.6]]))
 collapse = tp.GaussianFlow(tp.Softmax(q, -q, 1.0))
 limit = tp.limit(collapse, start)
 by_hand = start.cov - start.cov @ q.T @ q @ start.cov / (q @ start.cov @ q.T)
 print(limit.regime.name, "- rank", int(limit.rank))
-print("distance to the formula:", f"{jnp.linalg.norm(limit.cov - by_hand):.1e}")
+print("distance to the formula:", f"{np.linalg.norm(limit.cov - by_hand):.1e}")
 
 # %% [markdown]
 # Now the way there: the moments of the Gaussian, and 400 tokens that see only each other. With $V = I$ the mean of a cloud grows like $e^t$ unless it is zero,
@@ -41,40 +39,41 @@ print("distance to the formula:", f"{jnp.linalg.norm(limit.cov - by_hand):.1e}")
 # %%
 def paired(count, key):
     """Tokens in pairs x and -x with the covariance of the start."""
-    half = tp.Gaussian.standard(2).sample(count // 2, key=key).points
-    root = jnp.linalg.cholesky(half.T @ half / len(half))
-    half = jnp.linalg.solve(root, half.T).T @ start.factor.T
-    return tp.Cloud(jnp.concatenate([half, -half]))
+    half = np.asarray(start.sample(count // 2, key=key).points)
+    root = np.linalg.cholesky(half.T @ half / len(half))
+    half = half @ np.linalg.inv(root).T @ start.factor.T
+    return tp.Cloud(np.concatenate([half, -half]))
 
 
 times = np.array([0.0, 1.0, 4.0, 16.0])
 sol = tl.integrate(collapse, start, times)
 cloud = tl.integrate(tp.Particles(collapse.attention), paired(400, key=3), times).value
 exact = tp.closed_form(collapse, start, times)
-print("error of the integrated covariance:", f"{jnp.abs(sol.value.cov - exact.cov).max():.1e}")
-print("distance of tokens and Gaussian:   ", f"{jnp.abs(tp.moments(cloud).cov - exact.cov).max():.1e}")
+print("error of the integrated covariance:", f"{np.abs(sol.value.cov - exact.cov).max():.1e}")
+print("distance of tokens and Gaussian:   ", f"{np.abs(tp.moments(cloud).cov - exact.cov).max():.1e}")
 print("t times the smaller eigenvalue:    ", (times[1:] * sol.history["eigenvalues"][1:, 0]).round(3))
 
 
 # %%
 def ellipse(cov, count=200):
-    """The points x with x' cov^-1 x = 4, which hold 86 % of a Gaussian in the plane."""
+    """The points x with x' cov^-1 x = 4, which hold 86 % of a Gaussian in the plane; a segment if the rank is one."""
     angle = np.linspace(0.0, 2 * np.pi, count)
     values, vectors = np.linalg.eigh(cov)
     return vectors @ (2 * np.sqrt(np.maximum(values, 0.0))[:, None] * [np.cos(angle), np.sin(angle)])
 
 
-normal = np.array([-q[0, 1], q[0, 0]]) / jnp.linalg.norm(q)
 with paper_style():
-    fig, axes = plt.subplots(1, 4, figsize=figsize(2, 0.3), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 4, figsize=figsize(2, 0.26), sharex=True, sharey=True)
     for ax, t, cov, points in zip(axes, times, sol.value.cov, cloud.points, strict=True):
-        ax.axline((0, 0), normal, color="0.75", linewidth=0.8, zorder=0)
-        ax.plot(*points.T, ".", markersize=2.0, markeredgewidth=0, color=COLORS["sky"])
+        ax.plot(*points.T, ".", markersize=2.2, markeredgewidth=0, color=COLORS["sky"])
         ax.plot(*ellipse(cov), "-", color=COLORS["blue"])
-        ax.set(xlabel=f"depth $t = {t:g}$", aspect="equal", xlim=(-3.2, 3.2), ylim=(-2.6, 2.6), xticks=[-2, 0, 2], yticks=[-2, 0, 2])
+        ax.plot(*ellipse(limit.cov), "-", color=COLORS["vermilion"])
+        ax.set(title=f"depth $t = {t:g}$", aspect="equal", xlim=(-3, 3), ylim=(-2.3, 2.3), xticks=[-2, 0, 2], yticks=[-2, 0, 2], xlabel="$x_1$")
+    axes[0].set(ylabel="$x_2$")
+    axes[0].text(2.9, -2.2, "limit", ha="right", color=COLORS["vermilion"])
 
 # %% [markdown]
-# Lines: the Gaussian at two standard deviations. Points: the tokens. Gray: the line orthogonal to $q$.
+# Blue: the Gaussian at two standard deviations. Points: the tokens. Red: the limit, at two standard deviations too.
 #
 # ## Blow-up
 #
@@ -83,31 +82,29 @@ with paper_style():
 # %%
 spread = tp.GaussianFlow(tp.Softmax(q, -q, -1.0))
 t_star = float(tp.blow_up_time(spread, start))
-numerical = float(tp.blow_up_time(tp.GaussianFlow(tp.Softmax(q, -q, -jnp.eye(2))), start))       # V as a matrix: no formula, a run
-print(f"t* = {t_star:.12f} by formula, {numerical:.12f} by integration")
-
 grid = np.linspace(0.0, 1.6 * t_star, 161)
 gaussian = tl.integrate(spread, start, grid)
-print(gaussian.status.name, f"at {gaussian.history.axis('time')[-1]:.9f}")
+print(f"t* = {t_star:.9f} by formula; the integration ends with {gaussian.status.name} at {gaussian.history.axis('time')[-1]:.9f}")
 
 # %% [markdown]
-# A finite cloud cannot follow: a token moves at most as fast as the farthest token is far, so the cloud grows exponentially at most. Larger clouds follow the Gaussian further, but slowly:
-# the blow-up is a property of the limit of infinitely many tokens. The sign comes early: the *effective sample size*, the number of tokens that decide an average, falls to one or two.
+# A finite cloud cannot follow: no token moves faster than the farthest one is far, so the cloud grows at most like $e^t$. Ten times the tokens do little better: the blow-up
+# belongs to the limit of infinitely many. The *effective sample size*, the number of tokens that decide an average, tells why: for the outermost of 400 tokens it is about five at $t^*$.
 
 # %%
 with paper_style():
-    fig, (left, right) = plt.subplots(1, 2, figsize=figsize(2, 0.4))
-    depth, trace = gaussian.history.axis("time"), gaussian.history["trace"]
-    left.plot(depth / t_star, trace, color=COLORS["black"], label="Gaussian")
-    for count, color in ((30, "orange"), (300, "vermilion"), (3000, "purple")):
-        sol = tl.integrate(tp.Particles(spread.attention), paired(count, key=5), grid, rtol=1e-5)
-        left.plot(grid / t_star, sol.history["trace"], "-", color=COLORS[color], label=f"{count} tokens")
-        right.plot(grid / t_star, sol.history["effective_sample_size"], "-", color=COLORS[color], label=f"{count} tokens")
-        print(f"{count:5d} tokens: trace {sol.history['trace'][100]:.3g} at t*, {sol.history['trace'][-1]:.3g} at 1.6 t*")
+    fig, (left, right) = plt.subplots(1, 2, figsize=figsize(2, 0.36))
+    left.plot(gaussian.history.axis("time") / t_star, gaussian.history["trace"], label="Gaussian", **look(6) | {"linestyle": "-"})
+    for i, count in enumerate((40, 400)):
+        sol = tl.integrate(tp.Particles(spread.attention), paired(count, key=5), grid[::4], rtol=1e-5)
+        left.plot(grid[::4] / t_star, sol.history["trace"], label=f"{count} tokens", **look(i))
+        right.plot(grid[::4] / t_star, sol.history["effective_sample_size"], label=f"{count} tokens", **look(i))
+        print(f"{count:4d} tokens: trace {sol.history['trace'][25]:.3g} at t*, {sol.history['trace'][-1]:.3g} at 1.6 t*")
     for ax in (left, right):
-        ax.axvline(1.0, color="0.75", linewidth=0.8, zorder=0)
-        ax.set(yscale="log", xlabel="depth / $t^*$", xlim=(0, 1.6))
-    left.set(ylabel="trace of the covariance", ylim=(1, 3e4))
-    right.set(ylabel="smallest effective sample size")
+        ax.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
+        ax.set(xlabel="depth $t / t^*$", xlim=(0, 1.6))
+    left.set(ylabel="trace of the covariance", yscale="log", ylim=(1, 100))
+    right.set(ylabel="smallest effective sample size", ylim=(0, 20))
+    left.annotate("Gaussian", (0.97, 60), ha="right", fontsize="small")
+    left.lines[0].set_label("_")
     for ax in (left, right):
         label_lines(ax)

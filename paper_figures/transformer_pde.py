@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,6 +142,11 @@ def panels(data: dict[str, np.ndarray]) -> dict[str, SimpleNamespace]:
     return {kind: SimpleNamespace(**{name.removeprefix(f"{kind}_"): a for name, a in data.items() if name.startswith(f"{kind}_")}) for kind in KINDS}
 
 
+def start_color(panel: SimpleNamespace) -> np.ndarray:
+    """Twice the covariance of the start, which colors its path."""
+    return 2 * panel.start[:, 0, 1]
+
+
 def trace(panel: SimpleNamespace) -> np.ndarray:
     """Traces of the end states."""
     return np.exp(panel.log_trace)
@@ -207,14 +213,15 @@ def blow_up(A: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def cones(data: dict[str, np.ndarray], azimuths: tuple[float, float], values: str, label: str, rays: Any, reach: float = 1.08) -> Any:
-    """One three-dimensional panel per variant: paths in the cone of covariances, its apex below."""
+def cones(data: dict[str, np.ndarray], azimuths: tuple[float, float], values: Callable, label: str, rays: Callable) -> Any:
+    """One three-dimensional panel per variant: paths in the cone of covariances, colored by `values(panel)`; `rays(ax)` draws the limits."""
     import matplotlib.pyplot as plt
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
     picture = plt.figure(figsize=figsize(2, 0.5))
     shown = panels(data)
-    norm = plt.Normalize(*np.percentile(np.concatenate([getattr(p, values) for p in shown.values()]), (0, 100)))
+    every = np.concatenate([values(panel) for panel in shown.values()])
+    norm, reach = plt.Normalize(every.min(), every.max()), 1.05
     axes = []
     for i, (kind, panel) in enumerate(shown.items()):
         ax: Any = picture.add_subplot(1, 2, i + 1, projection="3d", computed_zorder=False)
@@ -222,10 +229,10 @@ def cones(data: dict[str, np.ndarray], azimuths: tuple[float, float], values: st
         ax.plot_surface(height * np.cos(around), height * np.sin(around), height, color="0.4", alpha=0.07, linewidth=0, rasterized=True, zorder=1)
         turn = np.linspace(0, 2 * np.pi, 181)
         ax.plot(reach * np.cos(turn), reach * np.sin(turn), reach, color="0.6", linewidth=0.5, linestyle="-", zorder=1)
-        lines = Line3DCollection(list(panel.lines), cmap="viridis", norm=norm, array=getattr(panel, values), alpha=0.6, linewidths=0.6, zorder=3)
+        lines = Line3DCollection(list(panel.lines), cmap="viridis", norm=norm, array=values(panel), alpha=0.6, linewidths=0.6, zorder=3)
         ax.add_collection(lines)
-        ax.scatter(*panel.lines[:, -1].T, c=getattr(panel, values), cmap="viridis", norm=norm, s=5, linewidths=0, depthshade=False, zorder=5)
-        rays(ax, kind, panel)
+        ax.scatter(*panel.lines[:, -1].T, c=values(panel), cmap="viridis", norm=norm, s=5, linewidths=0, depthshade=False, zorder=5)
+        rays(ax)
         ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(0, 1))
         ax.set_box_aspect((2, 2, 1.6), zoom=1.5)
         ax.view_init(elev=20, azim=azimuths[i])
@@ -254,7 +261,7 @@ def discs(data: dict[str, np.ndarray], marks: dict[str, list[tuple[float, str, s
     picture, axes = plt.subplots(1, 2, figsize=figsize(2, 0.48), sharey=True)
     norm, turn = plt.Normalize(-1, 1), np.linspace(0, 2 * np.pi, 361)
     for i, (ax, (kind, panel)) in enumerate(zip(axes, panels(data).items(), strict=True)):
-        start = 2 * panel.start[:, 0, 1]
+        start = start_color(panel)
         ax.plot(np.cos(turn), np.sin(turn), color="0.55", linewidth=0.7, linestyle="-", zorder=1)
         lines = ax.add_collection(LineCollection(list(panel.lines), cmap="viridis", norm=norm, array=start, alpha=0.6, linewidths=0.45, zorder=2))
         ax.scatter(*panel.lines[:, -1].T, c=start, cmap="viridis", norm=norm, s=4, linewidths=0, zorder=3)
@@ -270,3 +277,211 @@ def discs(data: dict[str, np.ndarray], marks: dict[str, list[tuple[float, str, s
     axes[0].set_ylabel(r"$2\Sigma_{12}\,/\,\mathrm{tr}\,\Sigma$")
     picture.colorbar(lines, ax=axes, label=r"start: twice its covariance, $2\Sigma_{12}(0)$", shrink=0.8, aspect=30, pad=0.02)
     return picture
+
+
+START_LABEL = r"start: twice its covariance, $2\Sigma_{12}(0)$"
+CONE = r"in the cone of covariances, coordinates $(\Sigma_{11} - \Sigma_{22},\, 2\Sigma_{12},\, \Sigma_{11} + \Sigma_{22})$ with the last one upward"
+DISC = r"of $\Sigma / \operatorname{tr}\Sigma$ in the coordinates $(\Sigma_{11} - \Sigma_{22},\, 2\Sigma_{12})$, whose unit circle holds the matrices of rank one"
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+@figure("transformer_pde/convergence-to-zero", source=f"{PAPER}, convergence to zero",
+        caption=rf"$K = -Q$ and $V \succ 0$: trajectories {CONE}, from 100 starts of trace one. All reach zero like $1/t$ along one direction $S_*$, which "
+                r"softmax and L2 attention share.",
+        quick={"starts": 100}, paper={"starts": 100})
+class ConvergenceToZero:
+    @staticmethod
+    def compute(progress, starts):
+        return compute(progress, (DECAY_Q, -DECAY_Q, DECAY_V), grid(10, 0.5, starts),
+                       dict.fromkeys(KINDS, {"step": 0.3, "low": 1e-5, "high": 1e3, "steps": 50000}))
+
+    @staticmethod
+    def draw(data):
+        limit = data["softmax_direction"][0]
+        return cones(data, (-174, -174), start_color, START_LABEL,
+                     lambda ax: ray(ax, limit, 0.75, "common direction $S_*$", COLORS["vermilion"], ha="center", va="bottom"))
+
+    @staticmethod
+    def expect(check, data, starts):
+        counts = {"softmax": (5055, 5436, 5527), "l2": (3700, 3889, 3934)}
+        largest = {"softmax": (0.01691, 0.01696), "l2": (0.01196, 0.01198)}
+        thin = {"softmax": (0.0305, 0.0328), "l2": (0.0305, 0.0319)}
+        attention = heads(DECAY_Q, -DECAY_Q, DECAY_V)
+        for kind, panel in panels(data).items():
+            all_are(check, kind, "decay along a settled direction", panel, tl.Status.CONVERGED)
+            check.equal(f"{kind}: normalized end", panel.direction, np.array([[0.383, -0.455], [-0.455, 0.617]]), 3e-3)
+            check.below(f"{kind}: spread of the normalized ends", np.abs(panel.direction - data["softmax_direction"][0]), 1e-7)
+            scaled = (panel.time * trace(panel))[:, None, None] * panel.direction
+            check.below(f"{kind}: residual of the equation of lim t Sigma(t)", decay_residual(attention[kind], DECAY_V, scaled), 1e-6)
+            scheme(check, kind, panel, counts[kind], converged=len(panel.start))
+            values = np.linalg.eigvalsh(panel.scheme_cov)
+            spread(check, f"{kind}: largest eigenvalue where the published scheme stops", values[:, 1], largest[kind], 5e-6)
+            spread(check, f"{kind}: smallest over largest eigenvalue there", values[:, 0] / values[:, 1], thin[kind], 5e-5)
+
+
+@figure("transformer_pde/convergence-to-a-line", source=f"{PAPER}, convergence to rank one",
+        caption=rf"$V = I$ and $K = -Q = -q^\top$: trajectories {CONE}, from 100 starts. Each converges to the covariance of $x$ given $q^\top x$, a multiple of "
+                r"$pp^\top$ with $p \perp q$, the same for softmax and L2 attention.",
+        quick={"starts": 100}, paper={"starts": 100})
+class ConvergenceToALine:
+    @staticmethod
+    def compute(progress, starts):
+        return compute(progress, (LINE_Q, -LINE_Q, np.eye(2)), grid(10, 0.5, starts),
+                       dict.fromkeys(KINDS, {"step": 0.5, "low": 1e-4, "high": 1e3, "steps": 50000}))
+
+    @staticmethod
+    def draw(data):
+        limit = np.outer([-LINE_Q[0, 1], LINE_Q[0, 0]], [-LINE_Q[0, 1], LINE_Q[0, 0]])
+        return cones(data, (-86, -76), start_color, START_LABEL, lambda ax: ray(ax, limit, 1.0, r"$pp^\top,\ p \perp q$", COLORS["vermilion"], ha="center"))
+
+    @staticmethod
+    def expect(check, data, starts):
+        q, p = LINE_Q[0], np.array([-LINE_Q[0, 1], LINE_Q[0, 0]])
+        counts = {"softmax": (157, 166, 202), "l2": (116, 122, 148)}
+        left, far = {"softmax": 0.0084, "l2": 0.0060}, {"softmax": 0.0099, "l2": 0.0070}
+        check.equal("direction of the line", coordinates(np.outer(p, p)) / np.sqrt(2), np.array([0.47362, -0.52505, 0.70711]), 1e-5)
+        for kind, panel in panels(data).items():
+            all_are(check, kind, "come to rest", panel, tl.Status.CONVERGED)
+            end = trace(panel)[:, None, None] * panel.direction
+            check.below(f"{kind}: distance of the end from the Schur complement", np.abs(end - schur(panel.start)), 1e-7)
+            spread(check, f"{kind}: p' Sigma p", end @ p @ p, (0.1465, 0.8510), 3e-4)
+            scheme(check, kind, panel, counts[kind], converged=len(panel.start))
+            check.below(f"{kind}: q' Sigma q where the published scheme stops", panel.scheme_cov @ q @ q, left[kind] + 5e-5)
+            check.equal(f"{kind}: largest distance of those states from the limit", np.abs(panel.scheme_cov - schur(panel.start)).max(), far[kind], 5e-5)
+
+
+@figure("transformer_pde/two-lines", source=f"{PAPER}, convergence to two lines",
+        caption=rf"$A + A^\top$ indefinite: trajectories {CONE}, colored by the trace of their limit. Each freezes on one of the two lines of covariances $s\,uu^\top$ "
+                r"with $u^\top A u = 0$, named by the angle of $u$. The published pair shows the L2 data twice; here (a) is softmax and (b) is L2.",
+        quick={"starts": 100, "steps": 5000}, paper={"starts": 276, "steps": 50000})
+class TwoLines:
+    @staticmethod
+    def compute(progress, starts, steps):
+        return compute(progress, (MIXED_Q, MIXED_K, TWO_LINES_V), grid(20, 1.0, starts),
+                       dict.fromkeys(KINDS, {"step": 0.01, "low": 1e-7, "high": 1e3, "steps": steps}))
+
+    @staticmethod
+    def draw(data):
+        lines = isotropic(MIXED_K.T @ MIXED_Q).T
+
+        def rays(ax):
+            for u, color in zip(lines, (COLORS["vermilion"], COLORS["purple"]), strict=True):
+                ray(ax, np.outer(u, u), 1.0, rf"${np.degrees(np.arctan2(u[1], u[0])):.1f}\degree$", color, ha="center", va="bottom")
+
+        return cones(data, (-88, -88), trace, r"trace of the limit", rays)
+
+    @staticmethod
+    def expect(check, data, starts, steps):
+        A, V = MIXED_K.T @ MIXED_Q, TWO_LINES_V
+        u = isotropic(A)
+        lines = np.degrees(np.arctan2(u[1], u[0]))
+        spread(check, "angles of the isotropic directions", lines, (-58.144, -7.599), 5e-4)
+        check.equal("u'(A + A')Vu", np.diag(u.T @ (A + A.T) @ V @ u), np.array([-1.154, -0.782]), 5e-4)
+        check.equal("u'AVu", np.diag(u.T @ A @ V @ u), np.array([-0.313, -0.569]), 5e-4)
+        for kind, panel in panels(data).items():
+            whole = len(panel.start) == 276
+            all_are(check, kind, "freeze", panel, tl.Status.CONVERGED)
+            near, there = (np.abs(angle(c)[:, None] - lines).argmin(1) for c in (panel.direction, panel.scheme_cov))
+            check.below(f"{kind}: degrees between the end and its line", np.abs(angle(panel.direction) - lines[near]), 1e-4)
+            check.below(f"{kind}: smallest over largest eigenvalue of the end", thinness(panel.direction), 1e-7)
+            check.true(f"{kind}: the published scheme, where it stops, is on the same line", (near == there)[panel.scheme_stop == 1])
+            if whole:
+                check.equal(f"{kind}: starts on the line at -58.1 degrees", int((near == 0).sum()), 127, 0)
+                check.equal(f"{kind}: starts on the line at -7.6 degrees", int((near == 1).sum()), 149, 0)
+                check.equal(f"{kind}: runs of the published scheme that stop", int((panel.scheme_stop == 1).sum()), {"softmax": 263, "l2": 270}[kind], 0)
+        if whole:
+            spread(check, "softmax: trace of the limit", trace(panels(data)["softmax"]), (0.00848, 1.4707), 5e-5)
+
+
+@figure("transformer_pde/blow-up-and-divergence", source=f"{PAPER}, explosion and divergence",
+        caption=rf"$V = I$ and $A + A^\top \succ 0$: trajectories {DISC}. (a) Softmax attention blows up in finite time, from every start at a point of the circle that "
+                r"depends on the start. (b) L2 attention grows exponentially, at the rate $2\lambda_{\max}(K^{-1}Q)/\sqrt 2 = 0.7537$ and toward its eigenvector.",
+        quick={"starts": 100}, paper={"starts": 1184})
+class BlowUpAndDivergence:
+    @staticmethod
+    def compute(progress, starts):
+        # rounding in (I + 2 Sigma P)^-1 outweighs a tolerance of 1e-10 long before a growing L2 run is over
+        schemes = {"softmax": {"step": 0.01, "low": 1e-5, "high": 1e3, "steps": 50000},
+                   "l2": {"step": 0.001, "low": 1e-5, "high": 1e4, "steps": 50000, "rtol": 1e-8, "most": LANES}}
+        return compute(progress, (GROWTH_Q, GROWTH_K, np.eye(2)), grid(40, 1.0, starts), schemes, normalized=True)
+
+    @staticmethod
+    def draw(data):
+        values, vectors = np.linalg.eig(np.linalg.solve(GROWTH_K, GROWTH_Q))
+        u = vectors[:, values.argmax()]
+        rank_one = (45.0, "rank one", "0.35", (0.45, 0.62))
+        return discs(data, {"softmax": [], "l2": [(np.degrees(np.arctan2(u[1], u[0])), "direction of\nfastest growth", COLORS["vermilion"], (0.3, 0.3))]})
+
+    @staticmethod
+    def expect(check, data, starts):
+        softmax, l2 = panels(data).values()
+        whole = len(softmax.start) == 1184
+        times, profile = blow_up(np.asarray(heads(GROWTH_Q, GROWTH_K, np.eye(2))["softmax"].A), softmax.start)
+        all_are(check, "softmax", "blow up", softmax, tl.Status.BLOWUP)
+        check.equal("softmax: blow-up time against its closed form", softmax.blow_up_time / times, 1, 1e-7)
+        check.below("softmax: smallest over largest eigenvalue of the profile", thinness(softmax.direction), 1e-8)
+        check.below("softmax: distance of the profile from its closed form", np.abs(softmax.direction - profile), 1e-7)
+        late = 0.01 * softmax.scheme_count / times - 1
+        check.between("softmax: delay of the published stop", late, 0.005, 0.145)
+        check.equal("softmax: runs of the published scheme that explode", int((softmax.scheme_stop == -1).sum()), len(softmax.start), 0)
+        all_are(check, "l2", "grow for all times", l2, tl.Status.CONVERGED)
+        check.equal("l2: twice the largest eigenvalue of K^-1 Q", 2 * np.linalg.eigvals(np.linalg.solve(GROWTH_K, GROWTH_Q)).max() / np.sqrt(2), 0.7537, 5e-5)
+        check.equal("l2: median growth rate of the trace at the end", np.median(l2.rate), 0.7537, 2e-3)
+        check.equal("l2: runs of the published scheme that pass a trace of 1e4", int((l2.scheme_stop == -1).sum()), len(l2.scheme_start), 0)
+        check.between("l2: iterations of the published scheme", l2.scheme_count, 13635, 32581)
+        check.equal("l2: median of them", np.median(l2.scheme_count), 19284, 0.03, relative=True)
+        if whole:
+            spread(check, "softmax: blow-up time", softmax.blow_up_time, (0.353145, 8.937339), 5e-7)
+            spread(check, "softmax: iterations of the published scheme", softmax.scheme_count, (40, 75, 899), 1)
+
+
+@figure("transformer_pde/mixed", source=f"{PAPER}, convergence and blow-up",
+        caption=rf"The same $Q$, $K$ as for the two lines and another $V$: trajectories {DISC}. (a) Softmax: 57 of 648 starts blow up along an eigenvector of $V$ at "
+                r"$78.65\degree$, the others freeze on the line at $-7.60\degree$. (b) L2: all converge to that line; the published panel calls 6 of them diverged, because "
+                "their trace passes a threshold of 1000 on the way.",
+        quick={"starts": 100, "steps": 10000}, paper={"starts": 648, "steps": 50000})
+class Mixed:
+    @staticmethod
+    def compute(progress, starts, steps):
+        schemes = {kind: {"step": step, "low": 1e-4, "high": 1e3, "steps": steps} for kind, step in (("softmax", 0.003), ("l2", 0.002))}
+        return compute(progress, (MIXED_Q, MIXED_K, MIXED_V), grid(30, 1.0, starts), schemes, normalized=True)
+
+    @staticmethod
+    def draw(data):
+        frozen, blown = -7.599, 78.653
+        rest = (frozen, "at rest", COLORS["purple"], (0.5, -0.75))
+        return discs(data, {"softmax": [rest, (blown, "blow-up", COLORS["vermilion"], (-0.5, 0.8))], "l2": [rest]})
+
+    @staticmethod
+    def expect(check, data, starts, steps):
+        A, V = MIXED_K.T @ MIXED_Q, MIXED_V
+        line = isotropic(A)[:, 1]
+        values, vectors = np.linalg.eig(V)
+        blow = vectors[:, values.argmin()]
+        at_rest, at_blow_up = (np.degrees(np.arctan2(x[1], x[0])) for x in (line, blow * np.sign(blow[0])))
+        check.equal("angle of the attracting line", at_rest, -7.60, 5e-3)
+        check.equal("angle of the eigenvector of V with lambda u'Au > 0", at_blow_up, 78.65, 5e-3)
+        check.equal("lambda u'Au of that eigenvector", values.min() * (blow @ A @ blow), 0.06441, 5e-6)
+        check.equal("u'(A + A')Vu and u'AVu of the line", np.array([line @ (A + A.T) @ V @ line, line @ A @ V @ line]), np.array([-0.947, -0.690]), 5e-4)
+        softmax, l2 = panels(data).values()
+        whole = len(softmax.start) == 648
+        blown, decided = softmax.status == tl.Status.BLOWUP, softmax.scheme_stop != 0
+        check.true("softmax: every start blows up or freezes", blown | (softmax.status == tl.Status.CONVERGED))
+        check.true("softmax: the published scheme, where it stops, agrees", ((softmax.scheme_stop == -1) == blown)[decided])
+        check.equal("softmax: angle of the blow-up", angle(softmax.direction[blown]), at_blow_up, 1e-4)
+        check.equal("softmax: angle of the others", angle(softmax.direction[~blown]), at_rest, 1e-4)
+        check.between("softmax: blow-up times", softmax.blow_up_time[blown], 10.0541, 50.5789)
+        check.between("softmax: frozen traces", trace(softmax)[~blown], 0.09994, 36.285)
+        all_are(check, "l2", "freeze", l2, tl.Status.CONVERGED)
+        check.equal("l2: angle of the end", angle(l2.direction), at_rest, 1e-4)
+        check.below("l2: largest trace of a limit", trace(l2).max(), 8.45e4)
+        check.above("l2: trace of the limits of the runs that the published scheme calls diverged", trace(l2)[l2.scheme_stop == -1], 0.0)
+        if whole:
+            check.equal("softmax: starts that blow up", int(blown.sum()), 57, 0)
+            check.equal("softmax: starts that freeze", int((~blown).sum()), 591, 0)
+            spread(check, "softmax: blow-up time", softmax.blow_up_time[blown], (10.0542, 50.5788), 5e-5)
+            spread(check, "softmax: frozen trace", trace(softmax)[~blown], (0.09995, 36.28), 1e-3, relative=True)
+            check.equal("softmax: runs of the published scheme that explode", int((softmax.scheme_stop == -1).sum()), 57, 0)
+            check.equal("l2: runs that the published scheme calls diverged", int((l2.scheme_stop == -1).sum()), 6, 0)
+            check.equal("l2: limits of trace above 1000", int((trace(l2) > 1e3).sum()), 5, 0)

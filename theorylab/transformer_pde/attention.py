@@ -7,7 +7,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float
 
 from theorylab.core import tree
@@ -16,6 +15,7 @@ from theorylab.core.module import number, square
 from theorylab.core.problem import Problem
 from theorylab.errors import ArgumentError, ShapeError, UnknownNameError
 from theorylab.transformer_pde.gaussian import Cloud, Gaussian, _floating, effective_rank, spectrum
+from theorylab.transformer_pde.kernels import ridge_basis, solve_shifted, tiled_average
 
 Array = jax.Array
 
@@ -228,7 +228,7 @@ class L2(_Kernel):
         # (I + 2 S P)^-1 S K^T = S K^T (I + 2c K S K^T)^-1: a symmetric k x k system instead of a general d x d one
         pulled = cov @ self.K.T
         right = jnp.concatenate([self.Q, self._mean_query(mean)], axis=1)
-        moved = self._value(2 * self.scale * (pulled @ _solve_shifted(2 * self.scale * (self.K @ pulled), right)))
+        moved = self._value(2 * self.scale * (pulled @ solve_shifted(2 * self.scale * (self.K @ pulled), right)))
         return Velocity(self._value(mean) + moved[:, -1], moved[:, :-1])
 
     def rate_bound(self, trace: Array) -> Array:
@@ -241,7 +241,7 @@ class L2(_Kernel):
     def _gain(self, factor: Float[Array, "d r"], queries: Float[Array, "k n"]) -> Float[Array, "r n"]:
         keys = self.K @ factor
         root = jnp.sqrt(2 * self.scale).astype(keys.dtype)
-        upper, lower = _ridge_basis(root * (keys.T if keys.shape[0] <= keys.shape[1] else keys))
+        upper, lower = ridge_basis(root * (keys.T if keys.shape[0] <= keys.shape[1] else keys))
         if keys.shape[0] <= keys.shape[1]:
             return root * (upper @ (lower.T @ queries))
         return root * (lower @ (upper.T @ queries))
@@ -299,41 +299,6 @@ def random_attention(kind: str, key: Key | int, dim: int, rank: int | None = Non
     return kinds[kind](draw("Q", rows), draw("K", rows), draw("V", dim), scale)
 
 
-def tiled_average(queries: Float[Array, "m k"], keys: Float[Array, "n k"], bias: Float[Array, "n"], values: Float[Array, "n d"],
-                  tile: int) -> tuple[Float[Array, "m d"], Float[Array, "m"]]:
-    r"""Averages of `values` with weights $p_{ij} \propto e^{q_i \cdot k_j + b_j}$, and the effective sample sizes $1 / \sum_j p_{ij}^2$.
-
-    Keys are visited in tiles while a running maximum keeps the exponentials in range (online softmax), queries too, so that the largest array has
-    `tile ** 2` entries whatever the number of tokens.
-    """
-    count, asked = keys.shape[0], queries.shape[0]
-    key_tiles = (_tiles(keys, tile, 0.0), _tiles(bias, tile, -jnp.inf), _tiles(values, tile, 0.0))
-
-    def of_queries(block: Array) -> tuple[Array, Array]:
-        def visit(carry: tuple[Array, ...], part: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
-            top, mass, square_mass, total = carry
-            logits = block @ part[0].T + part[1]
-            new_top = jnp.maximum(top, logits.max(1))
-            safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)              # a tile may hold tokens of weight zero only
-            shrink, weight = jnp.exp(top - safe), jnp.exp(logits - safe[:, None])
-            return (new_top, mass * shrink + weight.sum(1), square_mass * shrink**2 + (weight * weight).sum(1),
-                    total * shrink[:, None] + weight @ part[2]), None
-
-        rows = block.shape[0]
-        zero = jnp.zeros(rows, block.dtype)
-        begin = (jnp.full(rows, -jnp.inf, block.dtype), zero, zero, jnp.zeros((rows, values.shape[1]), block.dtype))
-        if count <= tile:
-            (_, mass, square_mass, total), _ = visit(begin, (keys, bias, values))
-        else:
-            (_, mass, square_mass, total), _ = lax.scan(visit, begin, key_tiles)
-        return total / mass[:, None], mass**2 / square_mass
-
-    if asked <= tile:
-        return of_queries(queries)
-    average, sample_size = lax.map(of_queries, _tiles(queries, tile, 0.0))
-    return average.reshape(-1, values.shape[1])[:asked], sample_size.reshape(-1)[:asked]
-
-
 def state_metrics(state: Gaussian) -> dict[str, Array]:
     """What is recorded of a Gaussian along a run."""
     values = spectrum(state)
@@ -357,48 +322,3 @@ def check_state(attention: Attention, state: Any, kind: type) -> None:
 def is_concrete(*trees: Any) -> bool:
     """Whether values may be looked at: nothing is traced."""
     return not tree.is_traced(*trees)
-
-
-UNROLLED = 4
-"""Matrices up to this size are factored by plain arithmetic: it batches over thousands of states, the calls of LAPACK do not."""
-
-
-def _solve_shifted(gram: Float[Array, "k k"], right: Float[Array, "k n"]) -> Float[Array, "k n"]:
-    """Solve (I + gram) x = right for a positive semidefinite `gram`."""
-    k = gram.shape[0]
-    matrix = gram + jnp.eye(k, dtype=gram.dtype)
-    if k > UNROLLED:
-        factor = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.scipy.linalg.cho_solve((factor, True), right)
-    rows = [jnp.concatenate([matrix[i], right[i]]) for i in range(k)]
-    for i in range(k):                                                               # elimination needs no pivots: the matrix is definite
-        rows[i] = rows[i] / rows[i][i]
-        rows = [row if j == i else row - row[i] * rows[i] for j, row in enumerate(rows)]
-    return jnp.stack(rows)[:, k:]
-
-
-def _ridge_basis(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
-    r"""The blocks $(E, F)$ of the orthonormal basis of the columns of $(M; I)$: $(I + M^\top M)^{-1} M^\top = F E^\top$.
-
-    Half the digits that a solve with $I + M^\top M$ would lose are kept.
-    """
-    m, n = matrix.shape
-    stacked = jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)])
-    if n > UNROLLED:
-        basis = jnp.linalg.qr(stacked)[0]
-    else:
-        columns: list[Array] = []
-        for j in range(n):
-            column = stacked[:, j]
-            for done in columns:
-                column = column - (done @ column) * done
-            columns.append(column / jnp.sqrt(column @ column))
-        basis = jnp.stack(columns, axis=1)
-    return basis[:m], basis[m:]
-
-
-def _tiles(rows: Array, tile: int, fill: float) -> Array:
-    """Rows cut into tiles, the last one padded with `fill`."""
-    missing = -rows.shape[0] % tile
-    padded = jnp.pad(rows, ((0, missing),) + ((0, 0),) * (rows.ndim - 1), constant_values=fill)
-    return padded.reshape(-1, tile, *rows.shape[1:])
