@@ -45,13 +45,14 @@ def paired(count, key):
     return tp.Cloud(np.concatenate([half, -half]))
 
 
-times = np.array([0.0, 1.0, 4.0, 16.0])
+times = np.linspace(0.0, 4.0, 41) ** 2
 sol = tl.integrate(collapse, start, times)
-cloud = tl.integrate(tp.Particles(collapse.attention), paired(400, key=3), times).value
+cloud = tl.integrate(tp.Particles(collapse.attention), paired(400, key=3), times, rtol=1e-6).value
 exact = tp.closed_form(collapse, start, times)
-print("error of the integrated covariance:", f"{np.abs(sol.value.cov - exact.cov).max():.1e}")
-print("distance of tokens and Gaussian:   ", f"{np.abs(tp.moments(cloud).cov - exact.cov).max():.1e}")
-print("t times the smaller eigenvalue:    ", (times[1:] * sol.history["eigenvalues"][1:, 0]).round(3))
+print("error of the integrated covariance: ", f"{np.abs(sol.value.cov - exact.cov).max():.1e}")
+print("distance of tokens and Gaussian:    ", f"{np.abs(tp.moments(cloud).cov - exact.cov).max():.1e}")
+shown = np.array([0, 10, 20, 40])
+print("t times the smaller eigenvalue, at t =", *(f"{t:g}: {t * low:.3f} " for t, low in zip(times[shown[1:]], sol.history["eigenvalues"][shown[1:], 0], strict=True)))
 
 
 # %%
@@ -64,13 +65,13 @@ def ellipse(cov, count=200):
 
 with paper_style():
     fig, axes = plt.subplots(1, 4, figsize=figsize(2, 0.26), sharex=True, sharey=True)
-    for ax, t, cov, points in zip(axes, times, sol.value.cov, cloud.points, strict=True):
+    for ax, t, cov, points in zip(axes, times[shown], sol.value.cov[shown], cloud.points[shown], strict=True):
         ax.plot(*points.T, ".", markersize=2.2, markeredgewidth=0, color=COLORS["sky"])
         ax.plot(*ellipse(cov), "-", color=COLORS["blue"])
         ax.plot(*ellipse(limit.cov), "-", color=COLORS["vermilion"])
         ax.set(title=f"depth $t = {t:g}$", aspect="equal", xlim=(-3, 3), ylim=(-2.3, 2.3), xticks=[-2, 0, 2], yticks=[-2, 0, 2], xlabel="$x_1$")
     axes[0].set(ylabel="$x_2$")
-    axes[0].text(2.9, -2.2, "limit", ha="right", color=COLORS["vermilion"])
+    axes[0].text(2.9, -1.9, "limit", ha="right", color=COLORS["vermilion"])
 
 # %% [markdown]
 # Blue: the Gaussian at two standard deviations. Points: the tokens. Red: the limit, at two standard deviations too.
@@ -82,8 +83,7 @@ with paper_style():
 # %%
 spread = tp.GaussianFlow(tp.Softmax(q, -q, -1.0))
 t_star = float(tp.blow_up_time(spread, start))
-grid = np.linspace(0.0, 1.6 * t_star, 161)
-gaussian = tl.integrate(spread, start, grid)
+gaussian = tl.integrate(spread, start, 1.001 * t_star * (1 - np.linspace(1.0, 0.0, 41) ** 3))
 print(f"t* = {t_star:.9f} by formula; the integration ends with {gaussian.status.name} at {gaussian.history.axis('time')[-1]:.9f}")
 
 # %% [markdown]
@@ -91,13 +91,14 @@ print(f"t* = {t_star:.9f} by formula; the integration ends with {gaussian.status
 # belongs to the limit of infinitely many. The *effective sample size*, the number of tokens that decide an average, tells why: for the outermost of 400 tokens it is about five at $t^*$.
 
 # %%
+grid = np.linspace(0.0, 1.6 * t_star, 41)
 with paper_style():
     fig, (left, right) = plt.subplots(1, 2, figsize=figsize(2, 0.36))
     left.plot(gaussian.history.axis("time") / t_star, gaussian.history["trace"], label="Gaussian", **look(6) | {"linestyle": "-"})
     for i, count in enumerate((40, 400)):
-        sol = tl.integrate(tp.Particles(spread.attention), paired(count, key=5), grid[::4], rtol=1e-5)
-        left.plot(grid[::4] / t_star, sol.history["trace"], label=f"{count} tokens", **look(i))
-        right.plot(grid[::4] / t_star, sol.history["effective_sample_size"], label=f"{count} tokens", **look(i))
+        sol = tl.integrate(tp.Particles(spread.attention), paired(count, key=5), grid, rtol=1e-6)
+        left.plot(grid / t_star, sol.history["trace"], label=f"{count} tokens", **look(i))
+        right.plot(grid / t_star, sol.history["effective_sample_size"], label=f"{count} tokens", **look(i))
         print(f"{count:4d} tokens: trace {sol.history['trace'][25]:.3g} at t*, {sol.history['trace'][-1]:.3g} at 1.6 t*")
     for ax in (left, right):
         ax.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
