@@ -40,7 +40,7 @@ figures: $(VENV)/.figures  ## compute, draw and check every figure with the sett
 	@$(WITH_CACHE) $(BIN)/theorylab figures $(ARGS)
 
 test: $(VENV)/.test  ## every test, example, fast claim and small figure (up to 12 minutes on two cores)
-	@$(WITH_CACHE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
+	@$(WITH_CACHE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	@$(WITH_CACHE) $(BIN)/python docs/pages.py $(ARGS)

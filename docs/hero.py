@@ -1,4 +1,4 @@
-"""Draws the picture of the README and of the start page, `docs/assets/hero.svg`, from runs of the package.
+"""Draws the picture of the README, `docs/assets/hero.svg`, from runs of the package.
 
 Usage: `python docs/hero.py [OUTPUT]`.
 """
@@ -75,7 +75,8 @@ def compute(side: int = 30, tokens: int = 60) -> Runs:
     sol = tl.integrate(tp.Desingularized(tp.Softmax(**MIXED)), many, clock, rtol=1e-10, atol=1e-12, runs=len(many.mean), throw=False)
     if not np.isin(sol.status, (tl.Status.BLOWUP, tl.Status.CONVERGED)).all():
         raise RuntimeError("a start of the third panel was not decided")
-    return Runs(covs[0], covs[1], np.asarray(tp.limit(collapse, start).cov), (paths[0], paths[1]), end, np.asarray(sol.value.cov), sol.status == tl.Status.BLOWUP)
+    limit = np.asarray(tp.limit(collapse, start).cov)
+    return Runs(covs[0], covs[1], limit, (paths[0], paths[1]), end, np.asarray(sol.value.cov), np.asarray(sol.status == tl.Status.BLOWUP))
 
 
 def ellipse(cov: np.ndarray) -> np.ndarray:

@@ -83,21 +83,18 @@ def plain_attention(flow: Any, user: str) -> Softmax | L2:
 
 def scalar_blow_up_time(attention: Softmax, factor: Float[Array, "*lead d r"]) -> Float[Array, "*lead"]:
     r"""$t^* = 1 / \lambda_{\max}(v L_0^\top (A + A^\top) L_0)$, infinite where that eigenvalue is not positive; $V = vI$."""
-    form = attention.V * quadratic_form(attention, factor)
-    top = jnp.linalg.eigvalsh(form)[..., -1]
-    above = top > round_off(form)
+    form, level = quadratic_form(attention, factor)
+    top = jnp.linalg.eigvalsh(attention.V * form)[..., -1]
+    above = top > jnp.abs(attention.V) * level
     return jnp.where(above, 1 / jnp.where(above, top, 1.0), jnp.inf)
 
 
-def quadratic_form(attention: Softmax, factor: Float[Array, "*lead d r"]) -> Float[Array, "*lead r r"]:
-    r"""$L^\top (A + A^\top) L$."""
-    half = attention.scale * (jnp.swapaxes(attention.K @ factor, -1, -2) @ (attention.Q @ factor))
-    return half + jnp.swapaxes(half, -1, -2)
-
-
-def round_off(form: Float[Array, "*lead r r"]) -> Float[Array, "*lead"]:
-    """The level below which an eigenvalue of `form` counts as zero."""
-    return 10 * form.shape[-1] * jnp.finfo(form.dtype).eps * jnp.linalg.norm(form, axis=(-1, -2))
+def quadratic_form(attention: Softmax, factor: Float[Array, "*lead d r"]) -> tuple[Float[Array, "*lead r r"], Float[Array, "*lead"]]:
+    r"""$L^\top (A + A^\top) L$, and the level below which its eigenvalues count as zero."""
+    keys, queries = attention.K @ factor, attention.scale * (attention.Q @ factor)
+    half = jnp.swapaxes(keys, -1, -2) @ queries
+    sizes = (jnp.linalg.norm(jax.lax.stop_gradient(a), axis=(-1, -2)) for a in (keys, queries))
+    return half + jnp.swapaxes(half, -1, -2), 10 * factor.shape[-1] * jnp.finfo(factor.dtype).eps * next(sizes) * next(sizes)
 
 
 def _softmax_scalar(attention: Softmax, state: Gaussian, times: Float[Array, "t"]) -> Gaussian:
@@ -106,7 +103,7 @@ def _softmax_scalar(attention: Softmax, state: Gaussian, times: Float[Array, "t"
     v, factor, A = attention.V, state.factor, attention.A
     if is_concrete(attention, state, times):
         _below_blow_up(times, float(scalar_blow_up_time(attention, factor)))
-    form = quadratic_form(attention, factor)
+    form, _ = quadratic_form(attention, factor)
     eye = jnp.eye(form.shape[0], dtype=form.dtype)
     symmetric = _has_mean_form(jnp.linalg.norm(A - A.T) <= HYPOTHESIS * jnp.linalg.norm(A), state,
                                "of V = v I with a matrix A = K^T Q that is not symmetric")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from theorylab.core.module import Module, choice, square
+from theorylab.core.module import Module, choice, number, square
 from theorylab.core.problem import Event, Flow
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError, ShapeError
@@ -158,7 +158,8 @@ class Desingularized(Flow):
 
     Args:
         attention: a variant that maps Gaussians to Gaussians and whose covariance does not feel the mean.
-        settle: go on after $t^*$ is certain until the direction $R R^\top$ has settled too, which takes longer where eigenvalues of $V$ are close.
+        settle: go on after $t^*$ is certain until the direction $R R^\top$ is within this of its limit, by the estimate `unsettled`; that takes
+            longer where eigenvalues of $V$ are close.
 
     Example:
         >>> from theorylab import transformer_pde as tp
@@ -169,7 +170,7 @@ class Desingularized(Flow):
     """
 
     attention: Attention
-    settle: bool = choice(False, among=(True, False))
+    settle: Any = number(math.inf, above=0.0, finite=False)
 
     def lift(self, y0: Any) -> Direction:
         """The direction, trace and time of a Gaussian; a state that is a `Direction` already is kept, so that a run can go on."""
@@ -243,7 +244,7 @@ class Desingularized(Flow):
 
         def blow_up(s: Array, y: Direction) -> Array:
             signs = self.signs(y)
-            return signs.certain & (signs.unsettled < _level(y, 1e-8)) if self.settle else signs.certain
+            return signs.certain & (signs.unsettled < jnp.maximum(self.settle, _level(y, 0.0)).astype(signs.unsettled.dtype))
 
         def other(s: Array, y: Direction) -> Array:
             signs = self.signs(y)

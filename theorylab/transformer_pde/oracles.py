@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from theorylab.core.integrate import integrate
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
 from theorylab.transformer_pde.attention import L2, Attention, Softmax, check_state, is_concrete
-from theorylab.transformer_pde.closed_forms import HYPOTHESIS, _proportion, plain_attention, quadratic_form, round_off, scalar_blow_up_time
+from theorylab.transformer_pde.closed_forms import HYPOTHESIS, _proportion, plain_attention, quadratic_form, scalar_blow_up_time
 from theorylab.transformer_pde.flow import Desingularized, Direction, GaussianFlow, last
 from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 
@@ -22,6 +21,8 @@ Array = jax.Array
 
 CLOCK_END = 1000.0
 """End of the desingularized clock; it counts e-folds of the time and of the trace, so what is not decided by then rotates."""
+SETTLED = 1e-8
+"""A limit direction at a blow-up is followed until it moves less than this; the blow-up time needs no such thing."""
 STEPS = 2000
 """Steps after which a lane that still moves (a rotation, weights of very different sizes) is left undecided."""
 PERSISTENT = 0.5
@@ -94,7 +95,7 @@ def blow_up_time(flow: GaussianFlow, state: Gaussian) -> Array:
     attention = _checked(flow, state, "blow_up_time")
     if isinstance(attention, Softmax) and attention.V.ndim == 0:
         return scalar_blow_up_time(attention, state.factor)
-    return _over_states(lambda factor: _run(attention, factor, settle=False)[1], state)
+    return _over_states(lambda factor: _run(attention, factor, jnp.inf)[1], state)
 
 
 def limit(flow: GaussianFlow, state: Gaussian) -> Limit:
@@ -120,7 +121,7 @@ def limit(flow: GaussianFlow, state: Gaussian) -> Limit:
     if isinstance(attention, Softmax) and attention.V.ndim == 0:
         found = _over_states(lambda factor: _scalar_limit(attention, factor), state)
     else:
-        found = _over_states(lambda factor: _run(attention, factor, settle=True)[0], state)
+        found = _over_states(lambda factor: _run(attention, factor, SETTLED)[0], state)
     if is_concrete(found.regime) and found.regime.ndim == 0:
         return found._replace(regime=Regime(int(found.regime)))
     return found
@@ -200,9 +201,9 @@ def _over_states(function: Any, state: Gaussian) -> Any:
 
 def _scalar_limit(attention: Softmax, factor: Float[Array, "d r"]) -> Limit:
     """The limit for V = v I from one eigendecomposition."""
-    form = attention.V * quadratic_form(attention, factor)
-    values, vectors = jnp.linalg.eigh(form)
-    small = round_off(form)
+    form, level = quadratic_form(attention, factor)
+    values, vectors = jnp.linalg.eigh(attention.V * form)
+    small = jnp.abs(attention.V) * level
     blows, dies = values[-1] > small, values[-1] < -small
     top = values >= values[-1] - jnp.maximum(small, 1e-9 * jnp.abs(values[-1]))
     chosen = jnp.where(blows, top, jnp.abs(values) <= small)
@@ -218,10 +219,10 @@ def _scalar_limit(attention: Softmax, factor: Float[Array, "d r"]) -> Limit:
     return Limit(cov, rank.astype(jnp.int32), kind.astype(jnp.int32), 10 * jnp.finfo(cov.dtype).eps * jnp.linalg.norm(cov))
 
 
-@partial(jax.jit, static_argnames="settle")
-def _run(attention: Attention, factor: Float[Array, "d r"], settle: bool) -> tuple[Limit, Array]:
-    """Limit and blow-up time from one run in the desingularized clock; always in the compiled loop, so that batches and sweeps share it."""
-    flow = Desingularized(attention, settle)
+@jax.jit
+def _run(attention: Attention, factor: Float[Array, "d r"], settle: Any) -> tuple[Limit, Array]:
+    """Limit and blow-up time from one run in the desingularized clock; one compiled loop serves both questions, batches and sweeps."""
+    flow = Desingularized(attention, jnp.asarray(settle, factor.dtype))
     start = Gaussian._raw(jnp.zeros(factor.shape[0], factor.dtype), factor, None)
     single = factor.dtype == jnp.float32
     sol = integrate(flow, start, jnp.array([0.0, CLOCK_END], factor.dtype), rtol=1e-5 if single else 1e-10, atol=1e-6 if single else 1e-12,
@@ -258,5 +259,5 @@ def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Arr
     time = jnp.where(blows, signs.blow_up_time, jnp.where(ended, jnp.inf, jnp.nan))
     if isinstance(attention, L2):                                                    # injective keys bound the velocity: no blow-up
         keys = jnp.linalg.eigvalsh(attention.P)
-        time = jnp.where(keys[0] > round_off(attention.P), jnp.inf, time)
+        time = jnp.where(keys[0] > 100 * jnp.finfo(keys.dtype).eps * keys[-1], jnp.inf, time)
     return found, time.astype(y.time.dtype)
