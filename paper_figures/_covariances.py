@@ -33,12 +33,13 @@ def cones(data: dict[str, np.ndarray], azimuths: tuple[float, float], color: str
     `rays(panel)` lists ends of lines from zero, names, colors and places of the names.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.colors import Normalize
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
     picture, shown = plt.figure(figsize=figsize(2, 0.42)), panels(data)
     picture.set_layout_engine("none")                                       # it would leave half of a three-dimensional panel empty
     every = np.concatenate([getattr(panel, color) for panel in shown.values()])
-    norm, turn = plt.Normalize(every.min(), every.max()), np.linspace(0, 2 * np.pi, 121)
+    norm, turn = Normalize(every.min(), every.max()), np.linspace(0, 2 * np.pi, 121)
     for i, (kind, panel) in enumerate(shown.items()):
         ax: Any = picture.add_axes((0.45 * i, 0.0, 0.44, 0.96), projection="3d", computed_zorder=False)
         around, height = np.meshgrid(turn, [0.0, reach])
@@ -67,9 +68,10 @@ def discs(data: dict[str, np.ndarray], marks: Callable) -> Any:
     """
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
+    from matplotlib.colors import Normalize
 
     picture, axes = plt.subplots(1, 2, figsize=figsize(2, 0.48), sharey=True)
-    norm, turn = plt.Normalize(-1, 1), np.linspace(0, 2 * np.pi, 361)
+    norm, turn = Normalize(-1, 1), np.linspace(0, 2 * np.pi, 361)
     for i, (ax, (kind, panel)) in enumerate(zip(axes, panels(data).items(), strict=True)):
         ax.plot(np.cos(turn), np.sin(turn), color="0.55", linewidth=0.7, linestyle="-", zorder=1)
         values = {"cmap": "viridis", "norm": norm, "rasterized": True}          # a thousand paths as vectors are 3 MB

@@ -153,13 +153,13 @@ def thinness(cov: np.ndarray) -> np.ndarray:
 
 def isotropic(A: np.ndarray) -> np.ndarray:
     """The unit vectors with u'Au = 0, on whose lines a covariance of rank one is at rest, as columns, the steeper one first."""
-    slopes = np.sort(np.roots([A[1, 1], A[0, 1] + A[1, 0], A[0, 0]]))
+    slopes = np.sort(np.roots([A[1, 1], A[0, 1] + A[1, 0], A[0, 0]]).real)
     return np.stack([np.ones(2), slopes]) / np.hypot(1, slopes)
 
 
 def fastest(matrix: np.ndarray) -> tuple[float, np.ndarray]:
-    """The largest eigenvalue (all are real here) and its unit eigenvector."""
-    values, vectors = np.linalg.eig(matrix)
+    """The largest eigenvalue and its unit eigenvector; all are real here, though some versions of NumPy return them as complex numbers."""
+    values, vectors = (a.real for a in np.linalg.eig(matrix))
     return values.max(), vectors[:, values.argmax()]
 
 
@@ -189,7 +189,7 @@ DISC = (r"of $\Sigma / \operatorname{tr}\Sigma$ in the coordinates $(\Sigma_{11}
 
 
 @figure("transformer_pde/convergence-to-zero", source=f"{PAPER}, convergence to zero", quick={"starts": 100}, paper={"starts": 100},
-        caption=rf"$K = -Q$ and $V \succ 0$: paths {CONE}. All reach zero like $1/t$ along one direction $S_*$, which softmax and L2 share.")
+        caption=rf"$K = -Q$ and $V \succ 0$: paths {CONE}. All reach zero like $1/t$ along one direction $S_*$ (dashed), which softmax and L2 share.")
 class ConvergenceToZero:
     """Figure A: 100 starts."""
 

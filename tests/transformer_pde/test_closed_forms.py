@@ -52,8 +52,7 @@ def test_softmax_with_a_number_as_value(v, state):
         assert_follows(tp.Softmax(sign * K, K, v, 0.7), state.replace(mean=MEAN), 0.02)
 
 
-@pytest.mark.parametrize("v", [1.3, -0.8])
-@pytest.mark.parametrize("ratio", [1.0, -1.0, 0.6, 0.0])
+@pytest.mark.parametrize("ratio, v", [(1.0, 1.3), (-1.0, 1.3), (0.6, -0.8), (0.0, 1.3)])
 @pytest.mark.parametrize("state", [FULL, THIN], ids=["full", "singular"])
 def test_l2_with_a_number_as_value(v, ratio, state):
     assert_follows(tp.L2(ratio * K, K, v, 0.7), state.replace(mean=MEAN), 2.0)

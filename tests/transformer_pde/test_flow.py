@@ -62,16 +62,6 @@ def test_feed_forward_noise_and_normalization_are_the_terms_they_claim(form, nor
         assert float(size(end.mean, end.cov)) == pytest.approx(float(size(START.mean, START.cov)), rel=1e-9)
 
 
-def test_tokens_are_carried_by_the_factor():
-    # a token keeps its coordinates in the factor: x(t) = alpha(t) + L(t) z, so a quadrature cloud is transported node by node
-    start = START.quadrature(20)
-    cloud = tp.last(tl.integrate(tp.Particles(HEAD), start, TIMES, rtol=1e-10, atol=1e-12).value)
-    end = tp.last(tl.integrate(tp.GaussianFlow(HEAD), START, TIMES, rtol=1e-10, atol=1e-12).value)
-    z = np.linalg.solve(START.factor, (start.points - START.mean).T)
-    error = np.asarray(cloud.points) - np.asarray(end.mean) - (end.factor @ z).T
-    assert np.sqrt(np.asarray(start.weights) @ (error**2).sum(1)) < 1e-8
-
-
 def test_the_rank_never_grows():
     thin = tp.Gaussian.from_factor(np.zeros(2), np.array([[1.0, 2.0], [0.5, 1.0]]))
     sol = tl.integrate(tp.GaussianFlow(HEAD), thin, TIMES)
@@ -96,17 +86,6 @@ def test_the_desingularized_clock_traces_the_same_covariances(kind):
     np.testing.assert_allclose(path.square(), 1, atol=1e-9)
     going_on = tl.integrate(flow, tp.last(path), [3.0, 4.0], rtol=1e-11, atol=1e-13).value
     assert float(going_on.time[-1]) > float(path.time[-1]) == float(going_on.time[0])
-
-
-def test_one_clock_decides_every_lane():
-    # V = I, so the closed form knows the times; A + A' of the second head is negative, so it has none
-    starts = tp.Gaussian(np.zeros((3, 2)), np.stack([np.eye(2), np.diag([3.0, 0.1]), np.array([[1.0, 0.9], [0.9, 1.0]])]))
-    for A, status in (([[0.4, 1.0], [-0.3, -0.2]], tl.Status.BLOWUP), ([[-0.4, 1.0], [-0.7, -0.2]], tl.Status.CONVERGED)):
-        sol = tl.integrate(tp.Desingularized(tp.Softmax.bilinear(A, np.eye(2))), starts, [0.0, 100.0], runs=3)
-        exact = tp.blow_up_time(tp.GaussianFlow(tp.Softmax.bilinear(A, 1.0)), starts)
-        assert (sol.status == status).all() and (np.isfinite(exact) == (status == tl.Status.BLOWUP)).all()
-        if status == tl.Status.BLOWUP:
-            np.testing.assert_allclose(tp.last(sol.value).time, exact, rtol=1e-7)
 
 
 def test_the_zero_covariance_and_zero_weights_stay_where_they_are():

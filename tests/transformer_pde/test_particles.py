@@ -48,7 +48,7 @@ def test_a_cloud_follows_scipy():
     np.testing.assert_allclose(sol.value.points[-1], there.y[:, -1].reshape(n, 2), rtol=1e-7, atol=1e-8)
 
 
-def test_quadrature_tokens_follow_the_moment_equations():
+def test_quadrature_tokens_follow_the_moment_equations_each_with_its_coordinates_in_the_factor():
     start = tp.Gaussian(np.array([0.3, -0.2]), np.array([[0.8, 0.25], [0.25, 0.5]]))
     times = np.array([0.0, 0.6])
     cloud = tl.integrate(tp.Particles(HEADS["softmax"]), start.quadrature(24), times).value
@@ -56,6 +56,9 @@ def test_quadrature_tokens_follow_the_moment_equations():
     reached = tp.moments(jax.tree.map(lambda a: a[-1], cloud))
     np.testing.assert_allclose(reached.cov, exact.cov[-1], atol=1e-8)
     np.testing.assert_allclose(reached.mean, exact.mean[-1], atol=1e-8)
+    z = np.linalg.solve(start.factor, (cloud.points[0] - start.mean).T)                      # x(t) = alpha(t) + L(t) z
+    missed = np.asarray(cloud.points[-1] - exact.mean[-1]) - np.asarray(exact.factor[-1] @ z).T
+    assert np.sqrt(np.asarray(cloud.weights[0]) @ (missed**2).sum(1)) < 1e-7
 
 
 def test_a_finite_cloud_outlives_the_blow_up_of_its_gaussian():
