@@ -310,5 +310,5 @@ class Startless(tl.Problem):
 
 
 def test_a_problem_without_a_start_asks_for_one():
-    with pytest.raises(NotImplementedError, match="Startless has no default starting point: pass x0"):
+    with pytest.raises(ArgumentError, match="Startless has no default starting point: pass x0"):
         tl.iterate(Startless(), Descent(0.5), steps=1)

@@ -11,6 +11,7 @@ from theorylab.core import tree
 from theorylab.core.keys import Key
 from theorylab.core.module import Module
 from theorylab.core.solution import Status
+from theorylab.errors import ArgumentError
 
 X = TypeVar("X")
 P = TypeVar("P", bound="Problem")
@@ -23,7 +24,7 @@ class Problem(Module):
 
     def start(self, key: Key) -> Any:
         """A default starting point."""
-        raise NotImplementedError(f"{type(self).__name__} has no default starting point: pass x0")
+        raise ArgumentError(f"{type(self).__name__} has no default starting point: pass x0")
 
     def metrics(self, x: Any) -> dict[str, Array]:
         """What every method is judged by at `x`: fixed names, numbers or arrays."""
@@ -31,11 +32,11 @@ class Problem(Module):
 
     def feed(self: P, batch: Any) -> P:
         """The same problem holding this batch of data; only streamed problems have it."""
-        raise NotImplementedError(f"{type(self).__name__} takes no streamed data: it has no feed(batch)")
+        raise ArgumentError(f"{type(self).__name__} takes no streamed data: it has no feed(batch)")
 
     def default_method(self) -> Any:
         """The method that `solve` uses, chosen by class and shape."""
-        raise NotImplementedError(f"{type(self).__name__} names no default method: use iterate(problem, method)")
+        raise ArgumentError(f"{type(self).__name__} names no default method: use iterate(problem, method)")
 
     def goal(self, tolerance: float) -> Any:
         """The stop rule that `solve` uses: by default the metric `residual` below `tolerance`; a problem with a proved bound overrides it."""
