@@ -33,6 +33,7 @@ import theorylab as tl
 from theorylab import runtime, transformer_pde as tp
 from theorylab.core.show import text_table
 from theorylab.core.stepping import I_COEFFICIENT, P_COEFFICIENT
+from theorylab.errors import RunWarning
 
 Array = np.ndarray
 
@@ -165,7 +166,7 @@ def sweep(side: int, rounds: int, sample: int) -> list[dict[str, Any]]:
     return table
 
 
-def bare(solver: Any, adjoint: Any, controller: dict[str, float]) -> Callable:
+def bare(solver: Any, adjoint: Any, controller: dict[str, Any]) -> Callable:
     """A jitted `diffeqsolve` with nothing around it."""
 
     @jax.jit
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     rounds = options.rounds or (3 if options.quick else 21)
     ladder = [1e-6, 1e-10] if options.quick else [10.0 ** (-k / 2) for k in range(8, 25)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", tl.errors.RunWarning)
+        warnings.simplefilter("ignore", RunWarning)
         starting = sweep(10 if options.quick else 40, rounds, 4 if options.quick else 24)
     rows, equal = trajectory(rounds, ladder, (1000,) if options.quick else (1000, 10_000))
     threads = {"cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}

@@ -91,6 +91,7 @@ def draw(runs: Runs) -> Any:
     import matplotlib as mpl
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
+    from matplotlib.patches import Circle
 
     fig, axes = plt.subplots(1, 3, figsize=(8.6, 3.1), width_ratios=[1, 1, 1.2])
     rows = np.linspace(0, 40, 9).astype(int)
@@ -105,7 +106,7 @@ def draw(runs: Runs) -> Any:
     _heading(left, "Collapse to a line", "tokens and covariance over depth;\nblack: the limit, of rank one")
     _heading(middle, f"Blow-up at depth {runs.blow_up_time:.3f}", "the same head and tokens\nwith the opposite sign of $V$")
 
-    right.add_patch(plt.Circle((0, 0), 1, fill=False, linewidth=0.8, color="0.6"))
+    right.add_patch(Circle((0, 0), 1, fill=False, linewidth=0.8, color="0.6"))
     path = np.stack([runs.path[..., 0, 0] - runs.path[..., 1, 1], 2 * runs.path[..., 0, 1]], -1)
     count = int(runs.explodes.sum())
     for blows, color, every, text, offset in ((False, "blue", 4, f"{len(runs.explodes) - count} freeze\non a line", (7, -3)),

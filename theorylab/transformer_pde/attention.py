@@ -14,7 +14,7 @@ from theorylab.core.keys import Key, as_key, stream
 from theorylab.core.module import number, square
 from theorylab.core.problem import Problem
 from theorylab.errors import ArgumentError, ShapeError, UnknownNameError
-from theorylab.transformer_pde.gaussian import Cloud, Gaussian, _floating, effective_rank, spectrum
+from theorylab.transformer_pde.gaussian import Cloud, Gaussian, _count_large, _floating, spectrum
 from theorylab.transformer_pde.kernels import ridge_basis, solve_shifted, tiled_average
 
 Array = jax.Array
@@ -302,7 +302,7 @@ def random_attention(kind: str, key: Key | int, dim: int, rank: int | None = Non
 def state_metrics(state: Gaussian) -> dict[str, Array]:
     """What is recorded of a Gaussian along a run."""
     values = spectrum(state)
-    return {"eigenvalues": values, "rank": effective_rank(state), "trace": values.sum(-1), "mean": state.mean}
+    return {"eigenvalues": values, "rank": _count_large(values), "trace": values.sum(-1), "mean": state.mean}
 
 
 def check_state(attention: Attention, state: Any, kind: type) -> None:

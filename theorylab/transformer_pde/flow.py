@@ -154,7 +154,7 @@ class Desingularized(Flow):
 
     A run ends with `BLOWUP` when $t^*$ is certain to round-off and with `CONVERGED` when the covariance is at rest, decays along a settled
     direction, or grows without acceleration; a run that reaches the end of its clock has not been decided. The times given to `integrate`
-    are times of this clock.
+    are times of this clock. Rest is told at a level of 1e-8: integrate starts that may freeze with `rtol=1e-10`, since coarser steps jitter above it.
 
     Args:
         attention: a variant that maps Gaussians to Gaussians and whose covariance does not feel the mean.

@@ -265,6 +265,11 @@ def effective_rank(state: Gaussian | Any, tolerance: float = 1e-9) -> Array:
     if isinstance(tolerance, (int, float)) and not 0 < tolerance < 1:
         raise ArgumentError(f"tolerance must be above 0 and below 1, got {tolerance}")
     values = spectrum(state) if isinstance(state, Gaussian) else jnp.linalg.eigvalsh(_square_floating("state", state))
+    return _count_large(values, tolerance)
+
+
+def _count_large(values: Array, tolerance: float = 1e-9) -> Array:
+    """Number of eigenvalues above `tolerance` times the largest."""
     return (values > tolerance * values.max(-1, keepdims=True)).sum(-1, dtype=jnp.int32)
 
 
