@@ -46,7 +46,7 @@ class UnknownNameError(TheorylabError, LookupError):
         import difflib
 
         names = sorted(map(str, known))
-        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+        near = [n for n in names if str(name) and str(name) in n][:3] or difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names) or '(none)'}"
         return cls(f"{kind} {name!r} is not known; {hint}")
 
