@@ -36,10 +36,10 @@ help:  ## this list
 	@echo "usage: make TARGET"
 	@sed -n -E 's/^([a-z]+):.*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-figures: $(VENV)/.figures  ## compute, draw and check every figure with the settings of the papers (about 15 minutes, then cached)
+figures: $(VENV)/.figures  ## compute, draw and check every figure with the settings of the papers (minutes the first time, then cached)
 	@$(WITH_CACHE) $(BIN)/theorylab figures $(ARGS)
 
-test: $(VENV)/.test  ## every test, example, fast claim and small figure (up to 12 minutes on two cores)
+test: $(VENV)/.test  ## every test, example, fast claim and small figure (some minutes on two cores)
 	@$(WITH_CACHE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/
@@ -48,7 +48,7 @@ docs: $(VENV)/.docs  ## build the documentation into site/
 	@$(BIN)/python docs/check_site.py site
 	@echo "open site/index.html"
 
-claims: $(VENV)/.figures  ## measure every claim with full settings (about an hour) and record the report for the documentation
+claims: $(VENV)/.figures  ## measure every claim with full settings (minutes) and record the report for the documentation
 	@$(WITH_CACHE) $(BIN)/theorylab claims --full --out docs/claims.json $(ARGS)
 
 bench: $(VENV)/.bench  ## time the named workloads beside other packages
