@@ -119,7 +119,7 @@ def host_blow_up(cov: Array, V: Array, rtol: float = 1e-8) -> float:
     def large(t: float, y: Array) -> float:
         return float(y @ y) - 1e9
 
-    large.terminal = True  # type: ignore[attr-defined]
+    large.terminal = True
     found = solve_ivp(field, (0.0, 100.0), np.linalg.cholesky(cov).ravel(), "DOP853", rtol=rtol, atol=rtol / 100, events=large)
     y = found.y[:, -1]
     return float(found.t[-1] + (y @ y) / (2 * y @ field(0.0, y)))

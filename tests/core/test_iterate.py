@@ -284,9 +284,9 @@ def test_a_start_that_is_not_finite_is_refused():
 
 def test_swapped_arguments_and_bad_hyper_parameters_are_named():
     with pytest.raises(ArgumentError, match="problem must be a Problem, got Descent"):
-        tl.iterate(Descent(0.5), PROBLEM, X0, steps=5)  # type: ignore[arg-type]
+        tl.iterate(Descent(0.5), PROBLEM, X0, steps=5)
     with pytest.raises(ArgumentError, match="method must be a Method object"):
-        tl.iterate(PROBLEM, Descent, X0, steps=5)  # type: ignore[arg-type]
+        tl.iterate(PROBLEM, Descent, X0, steps=5)
     with pytest.raises(ArgumentError, match="Descent: step_size must be above 0, got -1"):
         Descent(-1)
     with pytest.raises(ArgumentError, match="expected a number or a schedule, got 'fast'"):

@@ -45,4 +45,4 @@ def test_true_false_and_objects_are_understood_and_the_rest_refused():
     log = Log()
     assert resolve(log) is log
     with pytest.raises(ArgumentError, match="progress must be True, False or an object with start, update and close, got int"):
-        resolve(3)  # type: ignore[arg-type]
+        resolve(3)

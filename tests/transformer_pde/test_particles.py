@@ -97,6 +97,6 @@ def test_wrong_states_are_named():
     with pytest.raises(ShapeError, match="at least one token"):
         tl.integrate(flow, np.zeros((0, 2)), [0.0, 1.0])
     with pytest.raises(ArgumentError, match="attention must be"):
-        tp.Particles("softmax")  # type: ignore[arg-type]
+        tp.Particles("softmax")
     with pytest.raises(ArgumentError, match="tile must be at least 1"):
         tp.Particles(HEADS["softmax"], 0)

@@ -6,8 +6,9 @@ right-hand side, and the same factor or iteration solves the tangent and the adj
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -291,7 +292,8 @@ def _check_like(name: str, value: PyTree, b: PyTree) -> None:
 
 
 def _inner(a: PyTree, b: PyTree) -> Array:
-    return sum(jax.tree.leaves(jax.tree.map(partial(jnp.vdot, precision=lax.Precision.HIGHEST), a, b)))  # type: ignore[return-value]
+    terms = jax.tree.leaves(jax.tree.map(partial(jnp.vdot, precision=lax.Precision.HIGHEST), a, b))
+    return reduce(operator.add, terms)
 
 
 def _finite(a: PyTree) -> Array:

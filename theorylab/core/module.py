@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -15,7 +15,6 @@ from jax.core import Tracer
 
 from theorylab.errors import ArgumentError, ShapeError
 
-T = TypeVar("T")
 _MISSING = dataclasses.MISSING
 
 
@@ -28,7 +27,7 @@ class Module(eqx.Module):
             if rule is not None:
                 rule(type(self).__name__, field.name, getattr(self, field.name))
 
-    def replace(self: T, **changes: Any) -> T:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; every check of the constructor runs again.
 
         Example:
@@ -36,7 +35,7 @@ class Module(eqx.Module):
             >>> float(Constant(0.5).replace(value=0.25).value)
             0.25
         """
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)
 
 
 def _field(convert: Callable[[Any], Any] | None, rule: Callable | None, default: Any, static: bool, doc: str | None) -> Any:

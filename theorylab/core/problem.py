@@ -54,15 +54,15 @@ class Method(Module, Generic[P, S]):
 
     def init(self, problem: P, x0: Any, *, key: Key) -> S:
         """The state at the starting point `x0`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define init(problem, x0, *, key)")
 
     def step(self, problem: P, state: S, *, key: Key) -> S:
         """One step; pure."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define step(problem, state, *, key)")
 
     def value(self, problem: P, state: S) -> Any:
         """The iterate in `state`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define value(problem, state)")
 
     def metrics(self, problem: P, state: S) -> dict[str, Array]:
         """Internal quantities and cumulative counters (`gradients`, `operator_evaluations`, `products`, `factorizations`, `samples`)."""
@@ -96,7 +96,7 @@ class Flow(Module):
 
     def field(self, t: Array, y: Any) -> Any:
         """Time derivative, with the structure of `y`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define field(t, y)")
 
     def metrics(self, t: Array, y: Any) -> dict[str, Array]:
         """What is recorded at each save time."""

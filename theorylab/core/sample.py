@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
+from theorylab import runtime
 from theorylab.core import checks
 from theorylab.core.keys import Key, as_key, step_key, stream
 from theorylab.core.psd import _symmetrize, product
@@ -92,7 +93,7 @@ def _float_dtype(dtype: Any) -> Any:
     dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
     if dtype not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise PrecisionError(f"dtype must be float32 or float64, got {dtype}")
-    if dtype == jnp.dtype("float64") and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if dtype == jnp.dtype("float64") and not runtime.x64():
         raise PrecisionError("dtype float64 needs 64-bit mode, which JAX_ENABLE_X64=0 has switched off")
     return dtype
 

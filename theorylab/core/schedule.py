@@ -49,7 +49,7 @@ class Schedule(Module):
 
     def __call__(self, step: Any) -> Array:
         """The value at step number `step` (0 is the first), a whole number or an integer array, possibly traced."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(step)")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{f.name}={_text(getattr(self, f.name))}' for f in dataclasses.fields(self))})"

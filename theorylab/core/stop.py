@@ -25,7 +25,7 @@ class Stop(Module):
 
     def __call__(self, memory: Any, row: Row) -> tuple[Any, jax.Array]:
         """The new memory, and whether the rule is met."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(memory, row)")
 
     def check(self, row: Row) -> None:
         """Refuse a rule that can never be met on rows of this kind. Runs on the host, before compilation."""
