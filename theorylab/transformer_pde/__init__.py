@@ -9,7 +9,8 @@ from theorylab.transformer_pde.attention import (
     velocity as velocity,
 )
 from theorylab.transformer_pde.closed_forms import closed_form as closed_form
-from theorylab.transformer_pde.flow import Desingularized as Desingularized, Direction as Direction, GaussianFlow as GaussianFlow, last as last
+from theorylab.transformer_pde.desingularized import Desingularized as Desingularized, Direction as Direction, last as last
+from theorylab.transformer_pde.flow import GaussianFlow as GaussianFlow
 from theorylab.transformer_pde.gaussian import Cloud as Cloud, Gaussian as Gaussian, effective_rank as effective_rank, moments as moments
 from theorylab.transformer_pde.layers import OfficialEuler as OfficialEuler, ResidualLayers as ResidualLayers
 from theorylab.transformer_pde.oracles import (

@@ -14,7 +14,8 @@ from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
 from theorylab.transformer_pde.attention import L2, Attention, Softmax, check_state, is_concrete
 from theorylab.transformer_pde.closed_forms import HYPOTHESIS, _proportion, plain_attention, quadratic_form, scalar_blow_up_time
-from theorylab.transformer_pde.flow import Desingularized, Direction, GaussianFlow, last
+from theorylab.transformer_pde.desingularized import Desingularized, Direction, last
+from theorylab.transformer_pde.flow import GaussianFlow
 from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 
 Array = jax.Array

@@ -1,0 +1,189 @@
+"""The covariance flow in a time that never ends: blow-up, growth, decay and freezing all become convergence of a bounded direction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from theorylab.core.module import Module, number
+from theorylab.core.problem import Event, Flow
+from theorylab.core.solution import Status
+from theorylab.errors import ArgumentError, ShapeError
+from theorylab.transformer_pde.attention import Attention
+from theorylab.transformer_pde.flow import _ratio
+from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
+
+Array = jax.Array
+
+
+class Direction(Module):
+    r"""A covariance $\Sigma = e^{\rho} R R^\top$ with $\|R\|_F = 1$, and the time at which it is reached.
+
+    Attributes:
+        matrix: $R$, shape `(..., dim, columns)`.
+        log_trace: $\rho = \log \operatorname{tr} \Sigma$.
+        time: $t$.
+    """
+
+    matrix: Array
+    log_trace: Array
+    time: Array
+
+    @property
+    def cov(self) -> Array:
+        r"""The normalized covariance $R R^\top$, of trace one up to the tolerance of the integration."""
+        return _symmetric(self.matrix @ jnp.swapaxes(self.matrix, -1, -2))
+
+    def square(self) -> Array:
+        r"""$\|R\|_F^2$."""
+        return (self.matrix * self.matrix).sum((-1, -2))
+
+
+class Signs(NamedTuple):
+    r"""What a state of `Desingularized` points to.
+
+    Attributes:
+        blow_up_time: the extrapolated blow-up time, infinite where the trace does not point to one.
+        certain: it is certain to round-off.
+        at_rest: $t\,\|\Sigma'\|$ is below 1e-8 of the trace: an approach like $1/t$ would change no more than that.
+        settled: $\Sigma / \operatorname{tr}\Sigma$ has converged while the trace goes on shrinking.
+        growing: the trace grows without acceleration, and has come far: to where rounding or stiffness hide what drives it.
+        unsettled: how far $R R^\top$ moves while the trace changes by a factor $e$ or so.
+    """
+
+    blow_up_time: Array
+    certain: Array
+    at_rest: Array
+    settled: Array
+    growing: Array
+    unsettled: Array
+
+
+class Desingularized(Flow):
+    r"""The covariance flow in a clock that never ends: blow-up, growth, decay and freezing all become convergence of a bounded direction.
+
+    With $\rho = \log\operatorname{tr}\Sigma$, $R = L e^{-\rho/2}$, $D = B(e^{\rho/2}R)\,R$ and $c = \langle R, D\rangle$,
+
+    $$ \frac{dR}{dt} = D - cR, \qquad \frac{d\rho}{dt} = 2c, \qquad \frac{ds}{dt} = \sqrt{\|D\|^2 + (t + 1/\pi)^{-2}} $$
+
+    where $\pi$ (`pace`) bounds $\|D\|$ through the size of the weights. Near a blow-up the clock $s$ is half the logarithm of the trace,
+    elsewhere it is the logarithm of the time, so steps of order one suffice throughout. A blow-up is reached at $t^* = t - u / (du/dt)$ with
+    $u = 1/\rho'$, whatever its exponent; softmax is homogeneous, which fixes the exponent, and $t^* = t + u$.
+
+    A run ends with `BLOWUP` when $t^*$ is certain to round-off and with `CONVERGED` when the covariance is at rest, decays along a settled
+    direction, or grows without acceleration; a run that reaches the end of its clock has not been decided. The times given to `integrate`
+    are times of this clock. Rest is told at a level of 1e-8: integrate starts that may freeze with `rtol=1e-10`, since coarser steps jitter above it.
+
+    Args:
+        attention: a variant that maps Gaussians to Gaussians and whose covariance does not feel the mean.
+        settle: go on after $t^*$ is certain until the direction $R R^\top$ is within this of its limit, by the estimate `unsettled`; that takes
+            longer where eigenvalues of $V$ are close.
+
+    Example:
+        >>> from theorylab import transformer_pde as tp
+        >>> flow = tp.Desingularized(tp.Softmax(jnp.eye(2), jnp.eye(2), 1.0))
+        >>> sol = tl.integrate(flow, tp.Gaussian.standard(2), jnp.array([0.0, 100.0]))
+        >>> sol.status.name, round(float(sol.history["blow_up_time"][-1]), 9)
+        ('BLOWUP', 0.5)
+    """
+
+    attention: Attention
+    settle: Any = number(math.inf, above=0.0, finite=False)
+
+    def lift(self, y0: Any) -> Direction:
+        """The direction, trace and time of a Gaussian; a state that is a `Direction` already is kept, so that a run can go on."""
+        if isinstance(y0, Direction):
+            return y0
+        if not isinstance(y0, Gaussian):
+            raise ArgumentError(f"the state of a Desingularized flow must be a Gaussian, got {type(y0).__name__}")
+        if y0.dim != self.attention.dim:
+            raise ShapeError(f"the state must have dimension {self.attention.dim} to match the attention, got {y0.dim}")
+        factor = y0.factor
+        trace = (factor * factor).sum((-1, -2))
+        safe = jnp.where(trace > 0, trace, 1.0).astype(factor.dtype)                    # the zero covariance stays at R = 0
+        return Direction(factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe), jnp.zeros_like(safe))
+
+    def pace(self, y: Direction) -> Array:
+        r"""A bound of $\|D\|$ from norms of the weights, 1 if they vanish."""
+        bound = self.attention.rate_bound(jnp.exp(y.log_trace))
+        return jnp.where(bound > 0, bound, 1.0).astype(y.log_trace.dtype)
+
+    def rates(self, y: Direction) -> tuple[Array, Array, Array]:
+        r"""$D$, $c$ and $ds/dt$."""
+        factor = jnp.exp(y.log_trace / 2) * y.matrix
+        drift = self.attention.factor_velocity(jnp.zeros(factor.shape[0], factor.dtype), factor)[1] * jnp.exp(-y.log_trace / 2)
+        growth = _ratio((y.matrix * drift).sum(), y.square())
+        return drift, growth, jnp.sqrt((drift * drift).sum() + (y.time + 1 / self.pace(y)) ** -2)
+
+    def field(self, t: Array, y: Direction) -> Direction:
+        return self._field(y, *self.rates(y))
+
+    def _field(self, y: Direction, drift: Array, growth: Array, speed: Array) -> Direction:
+        # the norm of R is neutral on exact solutions; the last term keeps rounding from carrying it away
+        return Direction((drift - (growth + jnp.abs(growth) * (y.square() - 1)) * y.matrix) / speed, 2 * growth / speed, 1 / speed)
+
+    def signs(self, y: Direction) -> Signs:
+        """All that decides what a state is on its way to, from one look at the velocity and at its derivative along the flow."""
+        drift, growth, speed = self.rates(y)
+        some = jnp.abs(growth) > 0
+        u = 1 / (2 * jnp.where(some, growth, 1.0))
+        change = jax.jvp(lambda z: self.rates(z)[1], (y,), (self._field(y, drift, growth, speed),))[1] * speed
+        slope = jnp.where(some, -2 * u * u * change, 0.0)
+        rising = growth > 0
+        if self.attention.degree == 2:                                                # homogeneity fixes the slope at -1
+            remaining = jnp.where(rising, u, jnp.inf)
+        else:
+            falling = rising & (slope < 0)
+            remaining = jnp.where(falling, -u / jnp.where(falling, slope, -1.0), jnp.inf)
+        motion = 2 * _symmetric(drift @ y.matrix.T)
+        at_rest = jnp.linalg.norm(motion) < _level(y, 1e-8) * speed
+        unsettled = _ratio(jnp.linalg.norm(motion - 2 * growth * y.cov), jnp.abs(growth))
+        settled = (growth < 0) & (unsettled < _level(y, 1e-8))
+        certain = remaining < 1000 * jnp.finfo(remaining.dtype).eps * (y.time + remaining)
+        growing = self._is_far(y, growth) & (growth > 0.05 * speed) & (slope > -0.1) & (slope < 5) & ~certain
+        return Signs(y.time + remaining, certain, at_rest, settled, growing, unsettled)
+
+    def _is_far(self, y: Direction, growth: Array) -> Array:
+        """Whether growth has come so far that rounding (large keys) or stiffness (a velocity far below its bound) will soon hide what drives it."""
+        size = self.attention.key_size(y.matrix)
+        large = y.log_trace + jnp.log(jnp.where(size > 0, size, 1.0)) * (size > 0).astype(size.dtype) > math.log(1e8)
+        return (large & (size > 0)) | (y.log_trace > 100) | ((growth < 1e-4 * self.pace(y)) if self.attention.degree == 2 else False)
+
+    def metrics(self, t: Array, y: Direction) -> dict[str, Array]:
+        r"""`blow_up_time` (the running estimate, infinite where the trace does not point to one), `log_trace`, and `depth` (the time $t$)."""
+        return {"blow_up_time": self.signs(y).blow_up_time, "log_trace": y.log_trace, "depth": y.time}
+
+    def size(self, y: Direction) -> Array:
+        """Constant: nothing grows in this clock."""
+        return jnp.ones((), y.matrix.dtype)
+
+    def events(self) -> tuple[Event, ...]:
+        """Blow-up; rest, decay or growth."""
+
+        def blow_up(s: Array, y: Direction) -> Array:
+            signs = self.signs(y)
+            return signs.certain & (signs.unsettled < jnp.maximum(self.settle, _level(y, 0.0)).astype(signs.unsettled.dtype))
+
+        def other(s: Array, y: Direction) -> Array:
+            signs = self.signs(y)
+            return signs.at_rest | signs.settled | signs.growing
+
+        return (Event("blow-up", blow_up, Status.BLOWUP), Event("rest, decay or growth", other, Status.CONVERGED))
+
+
+def last(states: Any) -> Any:
+    """The last entry along the leading axis of times of an integrated state.
+
+    Example:
+        >>> last(Direction(jnp.ones((3, 2, 2)), jnp.zeros(3), jnp.arange(3.0))).time.item()
+        2.0
+    """
+    return jax.tree.map(lambda a: a[-1], states)
+
+
+def _level(y: Direction, level: float) -> float:
+    """A decision level that a float32 run can reach."""
+    return max(level, 100 * float(jnp.finfo(y.matrix.dtype).eps))
