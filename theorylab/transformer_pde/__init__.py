@@ -1,15 +1,12 @@
 """The Transformer PDE on Gaussian measures: moment equations, closed forms, limits and blow-up, and the particles behind them."""
 
-from theorylab.transformer_pde.attention import (
-    L2 as L2,
-    Attention as Attention,
-    Softmax as Softmax,
-    Velocity as Velocity,
-    random_attention as random_attention,
-    velocity as velocity,
-)
+from theorylab.transformer_pde.attention import L2 as L2, Head as Head, Linear as Linear, Softmax as Softmax
 from theorylab.transformer_pde.closed_forms import closed_form as closed_form
+from theorylab.transformer_pde.combined import FeedForward as FeedForward, Layered as Layered, Masked as Masked, MultiHead as MultiHead
+from theorylab.transformer_pde.contract import Attention as Attention, Velocity as Velocity, velocity as velocity
 from theorylab.transformer_pde.desingularized import Desingularized as Desingularized, Direction as Direction, last as last
+from theorylab.transformer_pde.ensembles import random_attention as random_attention
+from theorylab.transformer_pde.entropic import Sinkhorn as Sinkhorn
 from theorylab.transformer_pde.flow import GaussianFlow as GaussianFlow
 from theorylab.transformer_pde.gaussian import Cloud as Cloud, Gaussian as Gaussian, effective_rank as effective_rank, moments as moments
 from theorylab.transformer_pde.layers import OfficialEuler as OfficialEuler, ResidualLayers as ResidualLayers
@@ -22,3 +19,4 @@ from theorylab.transformer_pde.oracles import (
     regime as regime,
 )
 from theorylab.transformer_pde.particles import Particles as Particles
+from theorylab.transformer_pde.unnormalized import Exponential as Exponential, Sigmoid as Sigmoid

@@ -1,98 +1,41 @@
-"""Attention as a velocity field: what a token at x does, given the measure of all tokens; on particles and, exactly, on Gaussians."""
+"""Single attention heads that keep Gaussians Gaussian and need one matrix product or one ridge system: softmax, L2 and linear."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from theorylab.core import tree
-from theorylab.core.keys import Key, as_key, stream
 from theorylab.core.module import number, square
-from theorylab.core.problem import Problem
-from theorylab.errors import ArgumentError, ShapeError, UnknownNameError
-from theorylab.transformer_pde.gaussian import Cloud, Gaussian, _count_large, _floating, spectrum
-from theorylab.transformer_pde.kernels import ridge_basis, solve_shifted, tiled_average
+from theorylab.errors import ShapeError
+from theorylab.transformer_pde.contract import (
+    Attention as Attention,
+    Velocity as Velocity,
+    check_state as check_state,
+    is_concrete as is_concrete,
+    state_metrics as state_metrics,
+    velocity as velocity,
+)
+from theorylab.transformer_pde.gaussian import _floating
+from theorylab.transformer_pde.kernels import ridge_basis, solve_shifted, tiled_average, tiled_sum
 
 Array = jax.Array
 
 
-class Velocity(NamedTuple):
-    r"""The affine field $\Gamma(x) = m + B (x - \alpha)$ that attention is on a Gaussian.
-
-    Attributes:
-        mean: $m = \Gamma(\alpha)$, shape `(dim,)`.
-        matrix: $B$, shape `(dim, dim)`.
-    """
-
-    mean: Array
-    matrix: Array
-
-
-class Attention(Problem):
-    r"""The contract of an attention variant: a velocity $\Gamma_\mu(x)$ for every measure $\mu$ of tokens.
-
-    A variant that keeps Gaussians Gaussian has `velocity` and `factor_velocity`; every variant has `token_velocity`. As a `Problem` it measures
-    a Gaussian under its layers, so `iterate(attention, ResidualLayers(step_size), state, steps=depth)` runs a network of finite depth.
-    """
-
-    degree: ClassVar[int | None] = None
-    """Degree in the covariance of its velocity when it is homogeneous (2 for softmax), else None."""
-
-    @property
-    def dim(self) -> int:
-        """Dimension of a token."""
-        raise NotImplementedError
-
-    def velocity(self, mean: Array, cov: Array) -> Velocity:
-        """The exact velocity on a Gaussian, from its covariance."""
-        raise NotImplementedError(f"{type(self).__name__} does not map Gaussians to Gaussians")
-
-    def factor_velocity(self, mean: Array, factor: Array) -> tuple[Array, Array]:
-        """The derivatives $(m, B L)$ of mean and factor; no root or inverse of the covariance is formed."""
-        raise NotImplementedError(f"{type(self).__name__} does not map Gaussians to Gaussians")
-
-    def rate_bound(self, trace: Array) -> Array:
-        r"""A bound of $\|B\|$ for covariances of this trace, from norms of the weights: the unit of rates."""
-        raise NotImplementedError(f"{type(self).__name__} does not map Gaussians to Gaussians")
-
-    def key_size(self, factor: Array) -> Array:
-        r"""The trace of $L^\top P L$: where it is large, rounding hides the directions that keys do not see."""
-        return jnp.zeros((), factor.dtype)
-
-    def token_velocity(self, points: Array, weights: Array | None = None, queries: Array | None = None, tile: int = 1024) -> tuple[Array, Array]:
-        """Velocity at each query (default: at each token) and the effective sample size of its average, in memory linear in the tokens."""
-        raise NotImplementedError
-
-    def start(self, key: Key) -> Gaussian:
-        """The standard Gaussian."""
-        return Gaussian.standard(self.dim)
-
-    def metrics(self, x: Gaussian) -> dict[str, Array]:
-        r"""`eigenvalues`, `rank`, `trace` and `mean` of the state, and `residual`, the Frobenius norm of $\Sigma'$."""
-        matrix = self.velocity(x.mean, x.cov).matrix
-        moved = matrix @ x.cov
-        return {**state_metrics(x), "residual": jnp.linalg.norm(moved + moved.T)}
-
-
-class _Kernel(Attention):
-    """A single head with a normalized exponential kernel: softmax and L2 differ in the gain and in the bias of a key only."""
+class Head(Attention):
+    """One head: queries, keys and values, and the logit scale."""
 
     Q: Array
     K: Array
     V: Array
     scale: Any = number(1.0, above=0.0)
-    _logit_factor: ClassVar[int] = 1
 
     def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0):
         self.Q, self.K, self.V = _floating("Q", Q), _floating("K", K), _floating("V", V)
         self.scale = scale
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
         if self.Q.ndim != 2:
             raise ShapeError(f"Q must have shape (k, dim), got {self.Q.shape}")
         if self.K.shape != self.Q.shape:
@@ -126,6 +69,26 @@ class _Kernel(Attention):
     def _value(self, columns: Array) -> Array:
         return self.V @ columns if self.V.ndim else self.V * columns
 
+    def gain(self, factor: Float[Array, "d r"]) -> Float[Array, "r r"]:
+        r"""The matrix $G$ of the factor form $L' = V L\, G(L)$."""
+        raise NotImplementedError
+
+    def _value_sum(self, activation: Callable[[Array], Array], points: Array, weights: Array | None, queries: Array | None, tile: int,
+                   causal: bool) -> tuple[Array, Array]:
+        r"""$\sum_j w_j\, a(\ell_{ij}) V x_j$ for an activation that is not normalized, and the number of tokens that count."""
+        w = jnp.full(points.shape[0], 1 / points.shape[0], points.dtype) if weights is None else weights
+        asked = self.scale * ((points if queries is None else queries) @ self.Q.T)
+        total = tiled_sum(asked, points @ self.K.T, w[:, None] * points, tile, activation, causal)
+        mass, square_mass = (jnp.cumsum(w), jnp.cumsum(w * w)) if causal else (w.sum()[None], (w * w).sum()[None])
+        total = total / mass[:, None] if causal else total                        # the past is a measure of its own
+        return self._value(total.T).T, jnp.broadcast_to(mass**2 / square_mass, total.shape[:1])
+
+
+class _Kernel(Head):
+    """A head with a normalized exponential kernel: softmax and L2 differ in the gain and in the bias of a key only."""
+
+    _logit_factor: ClassVar[int] = 1
+
     def _gain(self, factor: Float[Array, "d r"], queries: Float[Array, "k n"]) -> Float[Array, "r n"]:
         raise NotImplementedError
 
@@ -136,7 +99,6 @@ class _Kernel(Attention):
         raise NotImplementedError
 
     def gain(self, factor: Float[Array, "d r"]) -> Float[Array, "r r"]:
-        r"""The matrix $G$ of the factor form $L' = V L\, G(L)$."""
         return self._gain(factor, self.Q @ factor)
 
     def factor_velocity(self, mean: Float[Array, "d"], factor: Float[Array, "d r"]) -> tuple[Float[Array, "d"], Float[Array, "d r"]]:
@@ -145,11 +107,11 @@ class _Kernel(Attention):
         return self._value(mean) + moved[:, -1], moved[:, :-1]
 
     def token_velocity(self, points: Float[Array, "n d"], weights: Float[Array, "n"] | None = None, queries: Float[Array, "m d"] | None = None,
-                       tile: int = 1024) -> tuple[Float[Array, "m d"], Float[Array, "m"]]:
+                       tile: int = 1024, causal: bool = False) -> tuple[Float[Array, "m d"], Float[Array, "m"]]:
         keys = points @ self.K.T
         asked = self._logit_factor * self.scale * ((points if queries is None else queries) @ self.Q.T)
         bias = self._key_bias(keys) if weights is None else self._key_bias(keys) + jnp.log(weights)
-        average, sample_size = tiled_average(asked, keys, bias, points, tile)
+        average, sample_size = tiled_average(asked, keys, bias, points, tile, causal)
         return self._value(average.T).T, sample_size
 
 
@@ -174,10 +136,13 @@ class Softmax(_Kernel):
         [[1.0, 0.0], [0.0, 1.0]]
     """
 
-    degree: ClassVar[int | None] = 2
-
     def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0):
         super().__init__(Q, K, V, scale)
+
+    @property
+    def degree(self) -> int:
+        """2: the covariance moves with the square of its size."""
+        return 2
 
     @classmethod
     def bilinear(cls, A: Any, V: Any, scale: Any = 1.0) -> Softmax:
@@ -253,72 +218,51 @@ class L2(_Kernel):
         return -self.scale * (keys * keys).sum(1)
 
 
-def velocity(attention: Attention, state: Gaussian) -> Velocity:
-    r"""The exact velocity $\Gamma(x) = m + B(x - \alpha)$ of `attention` on the Gaussian `state`.
+class Linear(Head):
+    r"""Linear attention, $\Gamma_\mu(x) = \int c\langle Qx, Ky\rangle V y\,d\mu(y) = V(\Sigma + \alpha\alpha^\top) A x$ for any measure.
 
-    Args:
-        attention: a variant that maps Gaussians to Gaussians.
-        state: one Gaussian, without leading axes.
-
-    Raises:
-        ShapeError: the dimensions differ, or `state` has leading axes.
+    Gaussians stay Gaussian, and the moment equations are exact for every measure with these moments (companion derivation). Here alone the mean acts
+    on the covariance. At zero mean the velocity is that of softmax. Arguments and errors are those of `Softmax`.
 
     Example:
-        >>> velocity(Softmax(jnp.eye(2), jnp.eye(2), 2.0), Gaussian(jnp.ones(2), jnp.eye(2))).mean.tolist()
-        [4.0, 4.0]
+        >>> head = Linear(jnp.eye(2), jnp.eye(2), 1.0)
+        >>> velocity(head, Gaussian(jnp.array([1.0, 0.0]), jnp.eye(2))).matrix.tolist()
+        [[2.0, 0.0], [0.0, 1.0]]
     """
-    check_state(attention, state, Gaussian)
-    return attention.velocity(state.mean, state.cov)
 
+    def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0):
+        super().__init__(Q, K, V, scale)
 
-def random_attention(kind: str, key: Key | int, dim: int, rank: int | None = None, scale: float = 1.0) -> Attention:
-    """A head whose matrices have independent normal entries of variance `1 / dim`.
+    @property
+    def degree(self) -> int:
+        """2, at zero mean."""
+        return 2
 
-    Args:
-        kind: `"softmax"` or `"l2"`.
-        key: random key or seed.
-        dim: dimension of a token.
-        rank: rows of the query and key matrices; `dim` unless given.
-        scale: the logit scale.
+    @property
+    def feels_mean(self) -> bool:
+        """True: the second moment about zero drives the covariance."""
+        return True
 
-    Raises:
-        UnknownNameError: `kind` is not known.
+    def velocity(self, mean: Float[Array, "d"], cov: Float[Array, "d d"]) -> Velocity:
+        matrix = self._value((self.scale * ((cov + jnp.outer(mean, mean)) @ self.K.T)) @ self.Q)
+        return Velocity(matrix @ mean, matrix)
 
-    Example:
-        >>> random_attention("softmax", 0, dim=4, rank=2).Q.shape
-        (2, 4)
-    """
-    kinds = {"softmax": Softmax, "l2": L2}
-    if kind not in kinds:
-        raise UnknownNameError.of("attention", kind, kinds)
-    rows = dim if rank is None else rank
-    for name, value in (("dim", dim), ("rank", rows)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
-    draw = lambda name, m: jax.random.normal(stream(as_key(key), f"attention.{name}"), (m, dim)) / math.sqrt(dim)  # noqa: E731
-    return kinds[kind](draw("Q", rows), draw("K", rows), draw("V", dim), scale)
+    def factor_velocity(self, mean: Float[Array, "d"], factor: Float[Array, "d r"]) -> tuple[Float[Array, "d"], Float[Array, "d r"]]:
+        columns = jnp.concatenate([factor, mean[:, None]], axis=1)
+        moved = self._value(columns @ self.gain(columns))
+        return moved[:, -1], moved[:, :-1]
 
+    def gain(self, factor: Float[Array, "d r"]) -> Float[Array, "r r"]:
+        return self.scale * ((self.K @ factor).T @ (self.Q @ factor))
 
-def state_metrics(state: Gaussian) -> dict[str, Array]:
-    """What is recorded of a Gaussian along a run."""
-    values = spectrum(state)
-    return {"eigenvalues": values, "rank": _count_large(values), "trace": values.sum(-1), "mean": state.mean}
+    def rate_bound(self, trace: Array) -> Array:
+        return self._weight_size() * trace
 
-
-def check_state(attention: Attention, state: Any, kind: type) -> None:
-    """Raise unless `state` is one Gaussian (or cloud) of the dimension of `attention`."""
-    if not isinstance(attention, Attention):
-        raise ArgumentError(f"attention must be a Softmax, an L2 or another Attention, got {type(attention).__name__}")
-    if not isinstance(state, kind):
-        raise ArgumentError(f"state must be a {kind.__name__}, got {type(state).__name__}")
-    if state.dim != attention.dim:
-        raise ShapeError(f"state must have dimension {attention.dim} to match the attention, got {state.dim}")
-    lead = state.points.ndim - 2 if isinstance(state, Cloud) else state.mean.ndim - 1
-    if lead:
-        raise ShapeError("state must have no leading axes here, got shape "
-                         f"{state.points.shape if isinstance(state, Cloud) else state.mean.shape}; use jax.vmap over it")
-
-
-def is_concrete(*trees: Any) -> bool:
-    """Whether values may be looked at: nothing is traced."""
-    return not tree.is_traced(*trees)
+    def token_velocity(self, points: Float[Array, "n d"], weights: Float[Array, "n"] | None = None, queries: Float[Array, "m d"] | None = None,
+                       tile: int = 1024, causal: bool = False) -> tuple[Float[Array, "m d"], Float[Array, "m"]]:
+        if causal:
+            return self._value_sum(lambda logit: logit, points, weights, queries, tile, causal)
+        w = jnp.full(points.shape[0], 1 / points.shape[0], points.dtype) if weights is None else weights
+        asked = self.scale * ((points if queries is None else queries) @ self.Q.T)
+        moved = asked @ ((points @ self.K.T).T @ (w[:, None] * points))                         # sums over the tokens first: linear cost
+        return self._value(moved.T).T, jnp.broadcast_to(w.sum() ** 2 / (w * w).sum(), moved.shape[:1])

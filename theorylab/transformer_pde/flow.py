@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from theorylab.core.module import choice, square
 from theorylab.core.problem import Flow
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.transformer_pde.attention import Attention, state_metrics
+from theorylab.transformer_pde.contract import Attention, check_attention, state_metrics
 from theorylab.transformer_pde.gaussian import Gaussian, _floating, _symmetric
 
 Array = jax.Array
@@ -25,7 +25,7 @@ class GaussianFlow(Flow):
     with a leading axis of times.
 
     Args:
-        attention: a variant that maps Gaussians to Gaussians.
+        attention: a variant that maps Gaussians to Gaussians; its weights may change with depth (`Layered`).
         feed_forward: a pair `(W, b)` adding $W x + b$ to the velocity; `b` may be None.
         noise: the diffusion matrix $D$ (or a number times the identity) of independent noise $\sqrt{2D}\,dB$, which adds $2D$ to $\Sigma'$.
         normalize: subtract $c(t)\,x$ with the $c$ that keeps $E|x|^2$ constant (mean-field normalization).
@@ -33,7 +33,7 @@ class GaussianFlow(Flow):
 
     Raises:
         ShapeError: `feed_forward` or `noise` does not match the dimension of the attention.
-        ArgumentError: `noise` with `form="factor"`.
+        ArgumentError: `noise` with `form="factor"`, or an attention that does not keep Gaussians Gaussian.
 
     Example:
         >>> from theorylab import transformer_pde as tp
@@ -50,8 +50,10 @@ class GaussianFlow(Flow):
     form: str = choice("factor", among=("factor", "covariance"))
 
     def __init__(self, attention: Attention, feed_forward: Any = None, noise: Any = None, normalize: bool = False, form: str = "factor"):
-        if not isinstance(attention, Attention):
-            raise ArgumentError(f"attention must be a Softmax, an L2 or another Attention, got {type(attention).__name__}")
+        check_attention(attention)
+        if not attention.keeps_gaussians:
+            raise ArgumentError(f"attention must map Gaussians to Gaussians, which {type(attention).__name__} does not: follow tokens with "
+                                "Particles, or the Gaussian approximation with ClosureFlow or PositionFlow")
         self.attention, self.normalize, self.form = attention, normalize, form
         self.feed_forward = None if feed_forward is None else _affine(feed_forward, attention.dim)
         self.noise = None if noise is None else _diffusion(noise, attention.dim)
@@ -69,8 +71,9 @@ class GaussianFlow(Flow):
         return Gaussian._raw(y0.mean, y0.factor, None)
 
     def field(self, t: Array, y: Gaussian) -> Gaussian:
+        attention = self.attention.at(t)
         if y._factor is not None:
-            mean, moved = self.attention.factor_velocity(y.mean, y._factor)
+            mean, moved = attention.factor_velocity(y.mean, y._factor)
             if self.feed_forward is not None:
                 W, b = self.feed_forward
                 mean, moved = mean + W @ y.mean + b, moved + W @ y._factor
@@ -79,7 +82,7 @@ class GaussianFlow(Flow):
                 mean, moved = mean - shrink * y.mean, moved - shrink * y._factor
             return Gaussian._raw(mean, moved, None)
         cov = y.cov
-        mean, matrix = self.attention.velocity(y.mean, cov)
+        mean, matrix = attention.velocity(y.mean, cov)
         if self.feed_forward is not None:
             W, b = self.feed_forward
             mean, matrix = mean + W @ y.mean + b, matrix + W

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from jaxtyping import Float
 from theorylab.core.module import number
 from theorylab.core.problem import Method
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.transformer_pde.attention import Attention
-from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
+from theorylab.transformer_pde.contract import Attention, check_attention
+from theorylab.transformer_pde.gaussian import Cloud, Gaussian, _symmetric
 
 Array = jax.Array
 
@@ -20,24 +20,31 @@ CLIP = 1e-14
 """What the published scheme puts in the place of a negative eigenvalue."""
 
 
-def _check(attention: Any, state: Any) -> Gaussian:
-    if not isinstance(attention, Attention):
-        raise ArgumentError(f"problem must be a Softmax, an L2 or another Attention, got {type(attention).__name__}")
-    if not isinstance(state, Gaussian):
-        raise ArgumentError(f"x0 must be a Gaussian, got {type(state).__name__}")
+class Depth(NamedTuple):
+    """A state and the number of layers behind it."""
+
+    state: Any
+    layer: Array
+
+
+def _check(attention: Any, state: Any, kinds: tuple[type, ...]) -> Any:
+    check_attention(attention, "problem")
+    if not isinstance(state, kinds):
+        raise ArgumentError(f"x0 must be a {' or a '.join(kind.__name__ for kind in kinds)}, got {type(state).__name__}")
     if state.dim != attention.dim:
         raise ShapeError(f"x0 must have dimension {attention.dim} to match the attention, got {state.dim}")
     return state
 
 
 class ResidualLayers(Method):
-    r"""One step is one residual layer $x \mapsto x + h\,\Gamma(x)$ of a Transformer, exact on a Gaussian.
+    r"""One step is one residual layer $x \mapsto x + h\,\Gamma(x)$ of a Transformer: exact on a Gaussian, and the network itself on a `Cloud`.
 
     With $m$ and $B$ of the state before the layer: $\alpha \leftarrow \alpha + h m$, $L \leftarrow (I + hB) L$. The covariance stays positive
-    semidefinite for any $h$, and the state converges to the flow at first order.
+    semidefinite for any $h$, and the state converges to the flow at first order. On `Layered` weights, layer $l$ uses those in force at depth
+    $(l + \tfrac12) h$.
 
     Args:
-        step_size: $h$, the depth of a layer.
+        step_size: $h$, the depth of a layer; 1 for a network as it is used.
 
     Example:
         >>> from theorylab import transformer_pde as tp
@@ -49,16 +56,23 @@ class ResidualLayers(Method):
 
     step_size: Any = number(above=0.0)
 
-    def init(self, problem: Attention, x0: Gaussian, *, key: Array) -> Gaussian:
-        state = _check(problem, x0)
-        return Gaussian._raw(state.mean, state.factor, None)
+    def init(self, problem: Attention, x0: Gaussian | Cloud, *, key: Array) -> Depth:
+        state = _check(problem, x0, (Gaussian, Cloud))
+        return Depth(state if isinstance(state, Cloud) else Gaussian._raw(state.mean, state.factor, None), jnp.zeros((), jnp.int32))
 
-    def step(self, problem: Attention, state: Gaussian, *, key: Array) -> Gaussian:
-        mean, moved = problem.factor_velocity(state.mean, state.factor)
-        return Gaussian._raw(state.mean + self.step_size * mean, state.factor + self.step_size * moved, None)
+    def step(self, problem: Attention, state: Depth, *, key: Array) -> Depth:
+        x, layer = state
+        h = self.step_size
+        if isinstance(x, Cloud):
+            attention = problem.at((layer.astype(x.points.dtype) + 0.5) * h)
+            moved = attention.token_velocity(x.points, x.weights)[0]
+            return Depth(Cloud._raw(x.points + h * moved, x.weights), layer + 1)
+        attention = problem.at((layer.astype(x.mean.dtype) + 0.5) * h)
+        mean, moved = attention.factor_velocity(x.mean, x.factor)
+        return Depth(Gaussian._raw(x.mean + h * mean, x.factor + h * moved, None), layer + 1)
 
-    def value(self, problem: Attention, state: Gaussian) -> Gaussian:
-        return state
+    def value(self, problem: Attention, state: Depth) -> Gaussian | Cloud:
+        return state.state
 
 
 class OfficialEuler(Method):
@@ -75,7 +89,7 @@ class OfficialEuler(Method):
     step_size: Any = number(above=0.0)
 
     def init(self, problem: Attention, x0: Gaussian, *, key: Array) -> Gaussian:
-        state = _check(problem, x0)
+        state = _check(problem, x0, (Gaussian,))
         return Gaussian._raw(state.mean, None, state.cov)
 
     def step(self, problem: Attention, state: Gaussian, *, key: Array) -> Gaussian:
