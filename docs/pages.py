@@ -1,4 +1,4 @@
-"""Writes the generated pages of the documentation into `docs/generated/`: examples, figures, claims, API.
+"""Writes the generated pages of the documentation into `docs/generated/`: examples, figures, claims, derivations, API.
 
 Run by `make docs` before MkDocs, so that the site is built from plain Markdown alone.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from docs import gallery, inventory, runner
+from docs import gallery, inventory, runner, symbolic
 
-KINDS = ("examples", "api", "figures", "claims")
+KINDS = ("examples", "api", "figures", "claims", "derivations")
 
 
 def write(path: Path, text: str) -> None:
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             api(target)
         elif kind == "figures":
             write(target / "figures.md", gallery.figures(target, runner.ROOT))
+        elif kind == "derivations":
+            write(target / "derivations.md", symbolic.derivations())
         else:
             write(target / "claims.md", gallery.claims(runner.ROOT))
         print(f"{kind}: {time.perf_counter() - begun:.1f} s")

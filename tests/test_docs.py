@@ -51,7 +51,7 @@ def test_every_example_and_every_page_is_in_the_navigation(nav):
 
 
 def test_the_navigation_names_only_what_exists_or_is_generated(pages, nav):
-    made = {f"generated/api/{stem}.md" for stem in pages} | {f"generated/{n}.md" for n in ("figures", "claims", "examples/index")}
+    made = {f"generated/api/{stem}.md" for stem in pages} | {f"generated/{n}.md" for n in ("figures", "claims", "derivations", "examples/index")}
     made |= {f"generated/examples/{p.stem}.md" for p in (ROOT / "examples").glob("[!_]*.py")}
     assert not [n for n in nav if n not in made and not (ROOT / "docs" / n).is_file()]
 

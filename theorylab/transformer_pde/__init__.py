@@ -2,6 +2,7 @@
 
 from theorylab.transformer_pde.attention import L2 as L2, Head as Head, Linear as Linear, Softmax as Softmax
 from theorylab.transformer_pde.closed_forms import closed_form as closed_form
+from theorylab.transformer_pde.closures import ClosureFlow as ClosureFlow, moment_closure as moment_closure
 from theorylab.transformer_pde.combined import FeedForward as FeedForward, Layered as Layered, Masked as Masked, MultiHead as MultiHead
 from theorylab.transformer_pde.contract import Attention as Attention, Velocity as Velocity, velocity as velocity
 from theorylab.transformer_pde.desingularized import Desingularized as Desingularized, Direction as Direction, last as last
@@ -19,4 +20,11 @@ from theorylab.transformer_pde.oracles import (
     regime as regime,
 )
 from theorylab.transformer_pde.particles import Particles as Particles
+from theorylab.transformer_pde.positions import (
+    PositionFlow as PositionFlow,
+    conditional_bures as conditional_bures,
+    mixture_velocity as mixture_velocity,
+)
+from theorylab.transformer_pde.steering import Steering as Steering, steer as steer
+from theorylab.transformer_pde.symbolic import Derivation as Derivation, derivations as derivations
 from theorylab.transformer_pde.unnormalized import Exponential as Exponential, Sigmoid as Sigmoid
