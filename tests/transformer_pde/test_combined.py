@@ -96,7 +96,7 @@ def test_a_network_of_layers_is_the_same_on_a_gaussian_and_on_its_tokens():
     exact = tl.iterate(weights, tp.ResidualLayers(1.0), START, steps=3)
     np.testing.assert_allclose(tp.moments(tokens.value).cov, exact.value.cov, rtol=1e-6)
     np.testing.assert_allclose(tokens.history["trace"], exact.history["trace"], rtol=1e-6)
-    step = lambda head, cov: (np.eye(2) + np.asarray(tp.velocity(head, tp.Gaussian(np.zeros(2), cov)).matrix)) @ cov  # noqa: E731
+    step = lambda head, cov: (np.eye(2) + np.asarray(tp.velocity(head, tp.Gaussian(np.zeros(2), cov)).matrix)) @ cov
     cov, J = np.asarray(START.cov), None
     for head in (HEAD, tp.Softmax(K, Q, -V), HEAD):
         J = step(head, cov) @ np.linalg.inv(cov)

@@ -81,6 +81,33 @@ def test_the_effective_sample_size_is_that_of_the_weights():
     assert 1 <= float(row["effective_sample_size"]) <= n
 
 
+def test_feed_forward_and_weights_that_change_with_depth_enter_the_velocity():
+    W, b = np.array([[0.1, 0.2], [-0.3, 0.4]]), np.array([1.0, -1.0])
+    other = tp.Softmax(K, Q, -V, 0.7)
+    flow = tp.Particles(tp.Layered([HEADS["softmax"], other], [0.0, 1.0, 2.0]), feed_forward=(W, b))
+    for t, head in ((0.5, HEADS["softmax"]), (1.5, other)):
+        expected = head.token_velocity(jnp.asarray(POINTS))[0] + POINTS @ W.T + b
+        np.testing.assert_allclose(flow.field(t, tp.Cloud(POINTS)).points, expected, rtol=1e-12)
+    with pytest.raises(ShapeError, match="feed_forward b must have shape"):
+        tp.Particles(HEADS["softmax"], feed_forward=(W, np.zeros(3)))
+
+
+SIZE = np.linalg.norm(V, 2)
+BOUNDED = {"masked sigmoid": (tp.Masked(tp.Sigmoid(Q, K, V)), SIZE), "sinkhorn": (tp.Sinkhorn(Q, K, V, temperature=0.5), 2 * SIZE),
+           "heads": (tp.MultiHead([tp.Softmax(Q, K, V), tp.L2(K, Q, V)]), 2 * SIZE)}
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_no_support_grows_faster_than_its_bound(kind):
+    """Radii grow at most like exp(size of V times t), summed over heads, over the temperature for Sinkhorn (companion derivation)."""
+    head, rate = BOUNDED[kind]
+    times = np.array([0.0, 0.3, 0.6])
+    sol = tl.integrate(tp.Particles(head), POINTS[:20], times)
+    bound = np.exp(rate * times) * np.linalg.norm(POINTS[:20], axis=1).max()
+    assert (sol.history["radius"] <= bound * (1 + 1e-9)).all() and sol.status == tl.Status.COMPLETED
+    assert np.abs(sol.value.points[-1] - sol.value.points[0]).max() > 1e-3
+
+
 def test_no_array_of_all_pairs_is_formed():
     n, tile = 4096, 64
     flow = tp.Particles(HEADS["softmax"], tile)
@@ -100,3 +127,9 @@ def test_wrong_states_are_named():
         tp.Particles("softmax")
     with pytest.raises(ArgumentError, match="tile must be at least 1"):
         tp.Particles(HEADS["softmax"], 0)
+    with pytest.raises(ArgumentError, match="queries must be None for masked attention"):
+        tp.Masked(HEADS["softmax"]).token_velocity(jnp.asarray(POINTS), queries=jnp.asarray(POINTS))
+    with pytest.raises(ShapeError, match="weights must have shape"):
+        tl.integrate(flow, tp.Cloud(POINTS, WEIGHTS[1:]), [0.0, 1.0])
+    with pytest.raises(ArgumentError, match="mesh must be a jax.sharding.Mesh with an axis called 'tokens', got .*rows"):
+        tp.Particles(HEADS["softmax"], mesh=jax.make_mesh((1,), ("rows",)))

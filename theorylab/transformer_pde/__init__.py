@@ -3,6 +3,13 @@
 from theorylab.transformer_pde.attention import L2 as L2, Head as Head, Linear as Linear, Softmax as Softmax
 from theorylab.transformer_pde.closed_forms import closed_form as closed_form
 from theorylab.transformer_pde.closures import ClosureFlow as ClosureFlow, moment_closure as moment_closure
+from theorylab.transformer_pde.clusters import (
+    Clusters as Clusters,
+    attention_rank as attention_rank,
+    cluster_count as cluster_count,
+    clusters as clusters,
+    rescaled as rescaled,
+)
 from theorylab.transformer_pde.combined import FeedForward as FeedForward, Layered as Layered, Masked as Masked, MultiHead as MultiHead
 from theorylab.transformer_pde.contract import Attention as Attention, Velocity as Velocity, velocity as velocity
 from theorylab.transformer_pde.desingularized import Desingularized as Desingularized, Direction as Direction, last as last
@@ -11,6 +18,12 @@ from theorylab.transformer_pde.entropic import Sinkhorn as Sinkhorn
 from theorylab.transformer_pde.flow import GaussianFlow as GaussianFlow
 from theorylab.transformer_pde.gaussian import Cloud as Cloud, Gaussian as Gaussian, effective_rank as effective_rank, moments as moments
 from theorylab.transformer_pde.layers import OfficialEuler as OfficialEuler, ResidualLayers as ResidualLayers
+from theorylab.transformer_pde.mean_field import (
+    MeanFieldError as MeanFieldError,
+    mean_field_error as mean_field_error,
+    velocity_error as velocity_error,
+    wasserstein as wasserstein,
+)
 from theorylab.transformer_pde.oracles import (
     Limit as Limit,
     Regime as Regime,
@@ -25,6 +38,7 @@ from theorylab.transformer_pde.positions import (
     conditional_bures as conditional_bures,
     mixture_velocity as mixture_velocity,
 )
+from theorylab.transformer_pde.spherical import Spherical as Spherical, equiangular_rate as equiangular_rate
 from theorylab.transformer_pde.steering import Steering as Steering, steer as steer
 from theorylab.transformer_pde.symbolic import Derivation as Derivation, derivations as derivations
 from theorylab.transformer_pde.unnormalized import Exponential as Exponential, Sigmoid as Sigmoid

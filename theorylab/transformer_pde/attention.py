@@ -21,6 +21,7 @@ from theorylab.transformer_pde.contract import (
 )
 from theorylab.transformer_pde.gaussian import _floating
 from theorylab.transformer_pde.kernels import ridge_basis, solve_shifted, tiled_average, tiled_sum
+from theorylab.transformer_pde.ring import cumulative, total
 
 Array = jax.Array
 
@@ -78,10 +79,10 @@ class Head(Attention):
         r"""$\sum_j w_j\, a(\ell_{ij}) V x_j$ for an activation that is not normalized, and the number of tokens that count."""
         w = jnp.full(points.shape[0], 1 / points.shape[0], points.dtype) if weights is None else weights
         asked = self.scale * ((points if queries is None else queries) @ self.Q.T)
-        total = tiled_sum(asked, points @ self.K.T, w[:, None] * points, tile, activation, causal)
-        mass, square_mass = (jnp.cumsum(w), jnp.cumsum(w * w)) if causal else (w.sum()[None], (w * w).sum()[None])
-        total = total / mass[:, None] if causal else total                        # the past is a measure of its own
-        return self._value(total.T).T, jnp.broadcast_to(mass**2 / square_mass, total.shape[:1])
+        summed = tiled_sum(asked, points @ self.K.T, w[:, None] * points, tile, activation, causal)
+        mass, square_mass = (cumulative(w), cumulative(w * w)) if causal else (total(w.sum())[None], total((w * w).sum())[None])
+        moved = summed / mass[:, None] if causal else summed                      # the past is a measure of its own
+        return self._value(moved.T).T, jnp.broadcast_to(mass**2 / square_mass, moved.shape[:1])
 
 
 class _Kernel(Head):
@@ -264,5 +265,5 @@ class Linear(Head):
             return self._value_sum(lambda logit: logit, points, weights, queries, tile, causal)
         w = jnp.full(points.shape[0], 1 / points.shape[0], points.dtype) if weights is None else weights
         asked = self.scale * ((points if queries is None else queries) @ self.Q.T)
-        moved = asked @ ((points @ self.K.T).T @ (w[:, None] * points))                         # sums over the tokens first: linear cost
-        return self._value(moved.T).T, jnp.broadcast_to(w.sum() ** 2 / (w * w).sum(), moved.shape[:1])
+        moved = asked @ total((points @ self.K.T).T @ (w[:, None] * points))                  # sums over the tokens first: linear cost
+        return self._value(moved.T).T, jnp.broadcast_to(total(w.sum()) ** 2 / total((w * w).sum()), moved.shape[:1])
