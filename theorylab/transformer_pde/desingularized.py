@@ -18,6 +18,13 @@ from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 
 Array = jax.Array
 
+STEADY = 0.005
+"""A trace grows at a constant rate if the rate changes by less than this fraction over an e-fold of the trace."""
+UNIT = 1e6
+"""Of `Direction.trend`."""
+BLURRED = 1e-3
+"""Rounding may move the direction by this much in a unit of the clock; beyond that a run has lost its state."""
+
 
 class Direction(Module):
     r"""A covariance $\Sigma = e^{\rho} R R^\top$ with $\|R\|_F = 1$, and the time at which it is reached.
@@ -26,11 +33,14 @@ class Direction(Module):
         matrix: $R$, shape `(..., dim, columns)`.
         log_trace: $\rho = \log \operatorname{tr} \Sigma$.
         time: $t$.
+        trend: the logarithm of $\|\Sigma'\| / \operatorname{tr}\Sigma$ averaged over the last unit of the clock (with weights $e^{-s}$), and that
+            averaged again; in units of 1e6, so small that the error control of an integration does not look at them. Shape `(..., 2)`.
     """
 
     matrix: Array
     log_trace: Array
     time: Array
+    trend: Array
 
     @property
     def cov(self) -> Array:
@@ -48,18 +58,22 @@ class Signs(NamedTuple):
     Attributes:
         blow_up_time: the extrapolated blow-up time, infinite where the trace does not point to one.
         certain: it is certain to round-off.
-        at_rest: $t\,\|\Sigma'\|$ is below 1e-8 of the trace: an approach like $1/t$ would change no more than that.
+        at_rest: what moves in an e-fold of the time is below 1e-8 of the trace, or has shrunk like $t^{-p}$ for eight decades of time.
+        order: the exponent $p$ with which $\Sigma$ approaches its limit in the time, from its motion against `trend`; kept between 1/4 and 2.
         settled: $\Sigma / \operatorname{tr}\Sigma$ has converged while the trace goes on shrinking.
-        growing: the trace grows without acceleration, and has come far: to where rounding or stiffness hide what drives it.
+        growing: the trace grows at a constant rate, and has come far: to where rounding or stiffness hide what drives it.
         unsettled: how far $R R^\top$ moves while the trace changes by a factor $e$ or so.
+        blurred: rounding of $R$ changes the velocity by so much that the motion over one e-fold of the time is not known.
     """
 
     blow_up_time: Array
     certain: Array
     at_rest: Array
+    order: Array
     settled: Array
     growing: Array
     unsettled: Array
+    blurred: Array
 
 
 class Desingularized(Flow):
@@ -73,9 +87,10 @@ class Desingularized(Flow):
     elsewhere it is the logarithm of the time, so steps of order one suffice throughout. A blow-up is reached at $t^* = t - u / (du/dt)$ with
     $u = 1/\rho'$, whatever its exponent; softmax is homogeneous, which fixes the exponent, and $t^* = t + u$.
 
-    A run ends with `BLOWUP` when $t^*$ is certain to round-off and with `CONVERGED` when the covariance is at rest, decays along a settled
-    direction, or grows without acceleration; a run that reaches the end of its clock has not been decided. The times given to `integrate`
-    are times of this clock. Rest is told at a level of 1e-8: integrate starts that may freeze with `rtol=1e-10`, since coarser steps jitter above it.
+    A run ends with `BLOWUP` when $t^*$ is certain to round-off, with `CONVERGED` when the covariance is at rest, decays along a settled
+    direction, or grows at a constant rate, and with `UNDECIDED` when rounding hides where it goes; a run that reaches the end of its clock has not
+    been decided either. The times given to `integrate` are times of this clock. Near frozen states and in steady growth the equation is stiff:
+    `limit` uses `rosenbrock`, which needs fewer steps there than an explicit solver.
 
     Args:
         attention: a variant that maps Gaussians to Gaussians and whose covariance does not feel the mean.
@@ -104,7 +119,10 @@ class Desingularized(Flow):
         factor = y0.factor
         trace = (factor * factor).sum((-1, -2))
         safe = jnp.where(trace > 0, trace, 1.0).astype(factor.dtype)                    # the zero covariance stays at R = 0
-        return Direction(factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe), jnp.zeros_like(safe))
+        still = jnp.zeros_like(safe)
+        y = Direction(factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe), still, still)
+        trend = jnp.vectorize(lambda *parts: _log_size(parts[0], self.rates(Direction(*parts, parts[1]))[0]), signature="(d,r),(),()->()")
+        return y.replace(trend=jnp.stack([trend(y.matrix, y.log_trace, y.time) / UNIT] * 2, -1))
 
     def pace(self, y: Direction) -> Array:
         r"""A bound of $\|D\|$ from norms of the weights, 1 if they vanish."""
@@ -123,28 +141,39 @@ class Desingularized(Flow):
 
     def _field(self, y: Direction, drift: Array, growth: Array, speed: Array) -> Direction:
         # the norm of R is neutral on exact solutions; the last term keeps rounding from carrying it away
-        return Direction((drift - (growth + jnp.abs(growth) * (y.square() - 1)) * y.matrix) / speed, 2 * growth / speed, 1 / speed)
+        return Direction((drift - (growth + jnp.abs(growth) * (y.square() - 1)) * y.matrix) / speed, 2 * growth / speed, 1 / speed,
+                         jnp.stack([_log_size(y.matrix, drift) / UNIT, y.trend[0]]) - y.trend)
 
     def signs(self, y: Direction) -> Signs:
         """All that decides what a state is on its way to, from one look at the velocity and at its derivative along the flow."""
         drift, growth, speed = self.rates(y)
-        some = jnp.abs(growth) > 0
+        some, rising = jnp.abs(growth) > 0, growth > 0
         u = 1 / (2 * jnp.where(some, growth, 1.0))
-        change = jax.jvp(lambda z: self.rates(z)[1], (y,), (self._field(y, drift, growth, speed),))[1] * speed
-        slope = jnp.where(some, -2 * u * u * change, 0.0)
-        rising = growth > 0
-        if self.attention.degree == 2:                                                # homogeneity fixes the slope at -1
-            remaining = jnp.where(rising, u, jnp.inf)
+        if self.attention.degree == 2:                                                # homogeneity fixes the slope of u at -1
+            remaining, slope = jnp.where(rising, u, jnp.inf), None
         else:
+            change = jax.jvp(lambda z: self.rates(z)[1], (y,), (self._field(y, drift, growth, speed),))[1] * speed
+            slope = jnp.where(some, -2 * u * u * change, 0.0)
             falling = rising & (slope < 0)
             remaining = jnp.where(falling, -u / jnp.where(falling, slope, -1.0), jnp.inf)
-        motion = 2 * _symmetric(drift @ y.matrix.T)
-        at_rest = jnp.linalg.norm(motion) < _level(y, 1e-8) * speed
-        unsettled = _ratio(jnp.linalg.norm(motion - 2 * growth * y.cov), jnp.abs(growth))
-        settled = (growth < 0) & (unsettled < _level(y, 1e-8))
         certain = remaining < 1000 * jnp.finfo(remaining.dtype).eps * (y.time + remaining)
-        growing = self._is_far(y, growth) & (growth > 0.05 * speed) & (slope > -0.1) & (slope < 5) & ~certain
-        return Signs(y.time + remaining, certain, at_rest, settled, growing, unsettled)
+        motion = 2 * _symmetric(drift @ y.matrix.T)
+        unsettled = _ratio(jnp.linalg.norm(motion - 2 * growth * y.cov), jnp.abs(growth))
+
+        # derivatives of the velocity are lost in stiff directions, which the lagged logarithm is not
+        bend, bent = _log_size(y.matrix, drift) - UNIT * y.trend[0], UNIT * (y.trend[0] - y.trend[1])
+        level, size, order = _level(y, 1e-8), jnp.linalg.norm(motion) / speed, jnp.clip(-1 - bend, 0.25, 2.0)
+        long = (bend < -1.25) & (bent < -1.25) & (y.time * self.pace(y) > 1 / level) & (size < level ** jnp.minimum(order, 1.0))
+        if slope is None:                                    # slow against what could drive it: only a constant rate says that growth lasts
+            steady = jnp.maximum(jnp.abs(bend), jnp.abs(bent)) * speed < 2 * STEADY * growth
+        else:                                                # far beyond the size at which the velocity saturates, no acceleration says so
+            steady = (slope > -0.1) & (slope < 5)
+        growing = self._is_far(y, growth) & (growth > 0.05 * speed) & steady & ~certain
+        spread = jnp.cos(jnp.arange(y.matrix.size, dtype=y.matrix.dtype)).reshape(y.matrix.shape)     # a direction that nothing singles out
+        changed = jax.jvp(lambda r: self.rates(y.replace(matrix=r))[0], (y.matrix,), (spread / jnp.linalg.norm(spread),))[1]
+        blurred = (jnp.finfo(drift.dtype).eps * jnp.linalg.norm(changed) > BLURRED * speed) & ~certain
+        settled = (growth < 0) & (unsettled < _level(y, 1e-8))
+        return Signs(y.time + remaining, certain, (size < level) | long, order, settled, growing, unsettled, blurred)
 
     def _is_far(self, y: Direction, growth: Array) -> Array:
         """Whether growth has come so far that rounding (large keys) or stiffness (a velocity far below its bound) will soon hide what drives it."""
@@ -161,29 +190,41 @@ class Desingularized(Flow):
         return jnp.ones((), y.matrix.dtype)
 
     def events(self) -> tuple[Event, ...]:
-        """Blow-up; rest, decay or growth."""
+        """Blow-up; rest, decay or growth; the end of what rounding lets one know."""
+        seen: list[Any] = [None, None]
+
+        def signs(y: Direction) -> Signs:                                              # the tests of one state share them: traced once
+            if seen[0] is not y:
+                seen[:] = y, self.signs(y)
+            return seen[1]
 
         def blow_up(s: Array, y: Direction) -> Array:
-            signs = self.signs(y)
-            return signs.certain & (signs.unsettled < jnp.maximum(self.settle, _level(y, 0.0)).astype(signs.unsettled.dtype))
+            return signs(y).certain & (signs(y).unsettled < jnp.maximum(self.settle, _level(y, 0.0)).astype(y.matrix.dtype))
 
         def other(s: Array, y: Direction) -> Array:
-            signs = self.signs(y)
-            return signs.at_rest | signs.settled | signs.growing
+            return signs(y).at_rest | signs(y).settled | signs(y).growing
 
-        return (Event("blow-up", blow_up, Status.BLOWUP), Event("rest, decay or growth", other, Status.CONVERGED))
+        return (Event("blow-up", blow_up, Status.BLOWUP), Event("rest, decay or growth", other, Status.CONVERGED),
+                Event("rounding", lambda s, y: signs(y).blurred, Status.UNDECIDED))
 
 
 def last(states: Any) -> Any:
     """The last entry along the leading axis of times of an integrated state.
 
     Example:
-        >>> last(Direction(jnp.ones((3, 2, 2)), jnp.zeros(3), jnp.arange(3.0))).time.item()
+        >>> last(Direction(jnp.ones((3, 2, 2)), jnp.zeros(3), jnp.arange(3.0), jnp.zeros((3, 2)))).time.item()
         2.0
     """
     return jax.tree.map(lambda a: a[-1], states)
 
 
+def _log_size(matrix: Array, drift: Array) -> Array:
+    r"""The logarithm of $\|\Sigma'\| / \operatorname{tr}\Sigma$; that of the smallest normal number squared where nothing moves."""
+    motion = drift @ matrix.T
+    moved = motion + motion.T
+    return jnp.log(jnp.linalg.norm(moved) + jnp.finfo(moved.dtype).tiny)
+
+
 def _level(y: Direction, level: float) -> float:
     """A decision level that a float32 run can reach."""
-    return max(level, 100 * float(jnp.finfo(y.matrix.dtype).eps))
+    return max(level, float(jnp.finfo(y.matrix.dtype).eps) ** 0.5 / 2)

@@ -1,4 +1,4 @@
-"""What a Gaussian does in the long run: its regime, its limit, its blow-up time and its energy."""
+"""What a Gaussian does in the long run: its regime, its limit and its blow-up time."""
 
 from __future__ import annotations
 
@@ -7,29 +7,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float
 
 from theorylab.core.integrate import integrate
 from theorylab.core.solution import Status
-from theorylab.errors import ArgumentError, MatrixError, ShapeError
-from theorylab.transformer_pde.attention import L2, Attention, Softmax, check_state, is_concrete
-from theorylab.transformer_pde.closed_forms import HYPOTHESIS, _proportion, plain_attention, quadratic_form, scalar_blow_up_time
+from theorylab.errors import ArgumentError, NoClosedFormError, ShapeError
+from theorylab.transformer_pde.attention import Attention, Softmax, is_concrete
+from theorylab.transformer_pde.certificates import Known, certificate, never_blows_up, scalar_softmax
+from theorylab.transformer_pde.closed_forms import plain_attention, scalar_blow_up_time, without_mean
+from theorylab.transformer_pde.combined import FeedForward, Layered, MultiHead, _parts
 from theorylab.transformer_pde.desingularized import Desingularized, Direction, last
+from theorylab.transformer_pde.energy import energy as energy
 from theorylab.transformer_pde.flow import GaussianFlow
 from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
+from theorylab.transformer_pde.riccati import attractor
+from theorylab.transformer_pde.rosenbrock import rosenbrock
 
 Array = jax.Array
 
 CLOCK_END = 1000.0
 """End of the desingularized clock; it counts e-folds of the time and of the trace, so what is not decided by then rotates."""
 SETTLED = 1e-8
-"""A limit direction at a blow-up is followed until it moves less than this; the blow-up time needs no such thing."""
-STEPS = 2000
-"""Steps after which a lane that still moves (a rotation, weights of very different sizes) is left undecided."""
+"""A limit direction at a blow-up is followed until it moves less than this."""
+ROUND, ROUNDS = 100, 30
+"""Lanes of a batch advance by so many steps at a time, those that are not decided only, and at most so often."""
+EXPLICIT_STEPS = 1000
+LANES = 16
+"""Lanes that advance together."""
+TOLERANCE = 1e-7
+"""Relative tolerance of the implicit run that decides; a blow-up time is found again by an explicit one at 1e-10."""
 PERSISTENT = 0.5
-"""An eigenvalue belongs to the limit if extrapolation to infinite time keeps this fraction of it; one that decays like 1/t loses all."""
-FAINT = 1e-10
-"""Eigenvalues below this fraction of the largest are not told from round-off."""
+"""An eigenvalue belongs to the limit if extrapolation to infinite time keeps this fraction of it; one that decays loses all."""
+FAINT = 1e-7
+"""Eigenvalues below this fraction of the largest are not told from those that decay: rest is told at 1e-8."""
 
 
 class Regime(enum.IntEnum):
@@ -41,6 +52,7 @@ class Regime(enum.IntEnum):
     GROWING = 3
     ROTATING = 4
     UNDECIDED = 5
+    EQUILIBRIUM = 6
 
     @property
     def sentence(self) -> str:
@@ -55,6 +67,7 @@ _SENTENCES = {
     Regime.GROWING: "the covariance grows without bound for all times",
     Regime.ROTATING: "the covariance converges while tokens go on turning",
     Regime.UNDECIDED: "the numbers do not decide",
+    Regime.EQUILIBRIUM: "the covariance converges to an equilibrium of attention, feed-forward layer and noise",
 }
 
 
@@ -62,11 +75,11 @@ class Limit(NamedTuple):
     r"""The long-run behavior of a covariance. With leading axes of states, each entry has them.
 
     Attributes:
-        cov: $\lim \Sigma(t)$ for `FROZEN`, `ROTATING` and `ZERO`; $\lim \Sigma / \operatorname{tr}\Sigma$ for `BLOWUP` and `GROWING`;
+        cov: $\lim \Sigma(t)$ for `FROZEN`, `ROTATING`, `EQUILIBRIUM` and `ZERO`; $\lim \Sigma / \operatorname{tr}\Sigma$ for `BLOWUP` and `GROWING`;
             the last state for `UNDECIDED`.
         rank: rank of `cov`, by persistence: eigenvalues that decay to zero do not count however slowly they do.
         regime: a `Regime`; an integer array for a batch or inside compiled code.
-        error: estimate of the Frobenius error of `cov`: round-off for closed forms, else the part that was extrapolated.
+        error: estimate of the Frobenius error of `cov`: round-off for closed forms, else the part that was extrapolated, and the tolerance.
     """
 
     cov: Array
@@ -78,39 +91,55 @@ class Limit(NamedTuple):
 def blow_up_time(flow: GaussianFlow, state: Gaussian) -> Array:
     r"""The time at which the covariance blows up; infinite if it never does, NaN if the numbers do not decide.
 
-    With a number as $V$, softmax has $t^* = 1 / \lambda_{\max}(v L_0^\top (A + A^\top) L_0)$ (paper, closed form for $V = vI$), differentiable in all
-    arguments. Anything else runs through `Desingularized`. L2 attention with injective keys never blows up.
+    With a number as $V$, softmax has $t^* = 1 / \lambda_{\max}(v L_0^\top (A + A^\top) L_0)$ (companion derivation, closed form for $V = vI$).
+    Sinkhorn and L2 attention with injective keys never blow up, nor does softmax with $V \succ 0$ and $A + A^\top \preceq 0$. Anything else runs
+    through `Desingularized`. Differentiable in all arguments.
 
     Args:
-        flow: a `GaussianFlow` of attention alone.
-        state: Gaussians, with any leading axes.
+        flow: a `GaussianFlow` of attention, with feed-forward or not; with noise only where everything tends to an `equilibrium`.
+        state: Gaussians, with any leading axes; of zero mean if the attention is linear.
 
     Raises:
-        NoClosedFormError: the flow has feed-forward, noise or normalization.
+        NoClosedFormError: the flow has normalization, noise that may lead to a blow-up, or weights that change with depth.
 
     Example:
         >>> flow = GaussianFlow(Softmax(jnp.eye(2), jnp.eye(2), 1.0))
         >>> float(blow_up_time(flow, Gaussian.standard(2)))
         0.5
     """
-    attention = _checked(flow, state, "blow_up_time")
-    if isinstance(attention, Softmax) and attention.V.ndim == 0:
+    attention, state, rests = _asked(flow, state, "blow_up_time")
+    if isinstance(attention, Softmax) and attention.V.ndim == 0 and rests is None:
         return scalar_blow_up_time(attention, state.factor)
-    return _over_states(lambda factor: _run(attention, factor, jnp.inf)[1], state)
+    lead, factors = _flat(state)
+    if flow.noise is not None and rests is not None:
+        return jnp.broadcast_to(jnp.where(rests.holds, jnp.inf, jnp.nan).astype(factors.dtype), lead)
+    lanes, still, rests = lax.stop_gradient((_repeated(attention, factors), factors, rests))
+    known, never = _known(lanes, still, rests)
+    if is_concrete(never) and bool(never.all()):
+        return jnp.full(lead, jnp.inf, factors.dtype)
+    _, times, blows = _answers(lanes, still, known, never, jnp.asarray(0.05, factors.dtype), True)
+    if not is_concrete(blows) or bool(blows.any()):
+        fine = _times_of(attention, jnp.where(blows[:, None, None], factors, 0.0).astype(factors.dtype))
+        times = jnp.where(blows & jnp.isfinite(fine), fine, times)
+    return times.reshape(lead)
 
 
 def limit(flow: GaussianFlow, state: Gaussian) -> Limit:
     r"""What the covariance tends to, with its rank, its regime and an error estimate.
 
-    Softmax with a number as $V$ has the closed form $L_0 \Pi L_0^\top$, with $\Pi$ the projection on the kernel of $v L_0^\top (A + A^\top) L_0$ if
-    that is negative semidefinite. Anything else runs through `Desingularized` and removes the $1/t$ tail by extrapolation.
+    Where the weights allow it the limit is exact: for a number as $V$ (or a multiple of the identity), softmax has $L_0 \Pi L_0^\top$ with $\Pi$ the
+    projection on the kernel of $v L_0^\top (A + A^\top) L_0$ if that is negative semidefinite, L2 with $Q = rK$ and Sinkhorn with a symmetric $A$
+    likewise; softmax with $v(A + A^\top) \prec 0$ and a feed-forward layer or noise has its `equilibrium` (companion derivation). Anything else runs
+    through `Desingularized` by an implicit solver, and the algebraic tail $t^{-p}$ is removed by extrapolation.
+
+    A batch of states, or of heads (`limits`), goes in groups of lanes, so that the hard ones do not hold up the rest.
 
     Args:
-        flow: a `GaussianFlow` of attention alone.
-        state: Gaussians, with any leading axes.
+        flow: a `GaussianFlow` of attention, with feed-forward or not; with noise only where it has an `equilibrium`.
+        state: Gaussians, with any leading axes; of zero mean if the attention is linear.
 
     Raises:
-        NoClosedFormError: the flow has feed-forward, noise or normalization.
+        NoClosedFormError: the flow has normalization, noise without an attracting equilibrium, or weights that change with depth.
 
     Example:
         >>> head = Softmax(jnp.array([[1.0, 0.0]]), jnp.array([[-1.0, 0.0]]), 1.0)
@@ -118,14 +147,50 @@ def limit(flow: GaussianFlow, state: Gaussian) -> Limit:
         >>> found.regime.name, int(found.rank), float(found.cov[1, 1].round(9))
         ('FROZEN', 1, 1.5)
     """
-    attention = _checked(flow, state, "limit")
-    if isinstance(attention, Softmax) and attention.V.ndim == 0:
-        found = _over_states(lambda factor: _scalar_limit(attention, factor), state)
+    attention, state, rests = _asked(flow, state, "limit")
+    lead, factors = _flat(state)
+    if isinstance(attention, Softmax) and attention.V.ndim == 0 and rests is None:
+        found = _scalar_limits(_repeated(attention, factors), factors)
     else:
-        found = _over_states(lambda factor: _run(attention, factor, SETTLED)[0], state)
+        found = _limits_of(_repeated(attention, factors), factors, rests)
+    found = jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), found)
     if is_concrete(found.regime) and found.regime.ndim == 0:
         return found._replace(regime=Regime(int(found.regime)))
     return found
+
+
+def limits(flows: GaussianFlow, states: Gaussian) -> Limit:
+    """The limits of many heads at once: `flows` and `states` hold arrays with one leading axis, as `jax.vmap` over a constructor makes them.
+
+    The same as `jax.vmap(limit)`, but hard heads do not hold up the others.
+
+    Args:
+        flows: a `GaussianFlow` of attention alone whose arrays have a leading axis.
+        states: Gaussians with that leading axis.
+
+    Raises:
+        ShapeError: the leading axes differ.
+        NoClosedFormError: as for `limit`.
+
+    Example:
+        >>> heads = jax.vmap(lambda q: GaussianFlow(Softmax(q[None], -q[None], jnp.eye(2))))(jnp.eye(2))
+        >>> states = Gaussian.from_factor(jnp.zeros((2, 2)), jnp.stack([jnp.eye(2)] * 2))
+        >>> limits(heads, states).rank.tolist()
+        [1, 1]
+    """
+    if not isinstance(flows, GaussianFlow) or not isinstance(states, Gaussian):
+        raise ArgumentError(f"flows and states must be a GaussianFlow and a Gaussian, got {type(flows).__name__} and {type(states).__name__}")
+    count = states.factor.shape[0]
+    if states.factor.ndim != 3 or any(jnp.ndim(leaf) == 0 or leaf.shape[0] != count for leaf in jax.tree.leaves(flows)):
+        raise ShapeError(f"flows and states must have one leading axis of equal length, got states of shape {states.factor.shape[:-2]} and arrays "
+                         f"of flows of shapes {sorted({jnp.shape(leaf) for leaf in jax.tree.leaves(flows)})}")
+    if flows.feed_forward is not None or flows.noise is not None:
+        raise NoClosedFormError("limits takes attention alone: put a FeedForward among the heads of a MultiHead")
+    attention, _, _ = _asked(jax.tree.map(lambda leaf: leaf[0], flows), jax.tree.map(lambda leaf: leaf[0], states), "limits")
+    whole = without_mean(flows.attention, states)[0]
+    if isinstance(attention, Softmax) and attention.V.ndim == 0:
+        return _scalar_limits(whole, states.factor)
+    return _limits_of(whole, states.factor, None)
 
 
 def regime(flow: GaussianFlow, state: Gaussian) -> Any:
@@ -138,127 +203,183 @@ def regime(flow: GaussianFlow, state: Gaussian) -> Any:
     return limit(flow, state).regime
 
 
-def energy(attention: Attention, state: Gaussian) -> Array:
-    r"""The potential $F$ whose Bures gradient descent is the flow: $\Sigma' = -2(\nabla F\,\Sigma + \Sigma\,\nabla F)$ (paper, gradient flows).
+class _Rests(NamedTuple):
+    """The equilibrium of a flow, whether every regular start tends to it, and the noise, which makes a start regular."""
 
-    Softmax with $A$ symmetric and $V = sA$: $F = -\tfrac14 \operatorname{tr}(V\Sigma A\Sigma)$.
-    L2 with $Q = rK$ and $V = sP$: $F = -rs\,[\tfrac12\operatorname{tr}(P\Sigma) - \tfrac14\log\det(I + 2P\Sigma)]$.
-
-    Args:
-        attention: softmax or L2; its hypotheses are checked on values, outside compiled code only.
-        state: one Gaussian of zero mean.
-
-    Raises:
-        MatrixError: a hypothesis fails; the flow is then not a gradient flow of this kind.
-
-    Example:
-        >>> float(energy(Softmax(jnp.eye(2), jnp.eye(2), jnp.eye(2)), Gaussian.standard(2)))
-        -0.5
-    """
-    check_state(attention, state, Gaussian)
-    if not isinstance(attention, (Softmax, L2)):
-        raise ArgumentError(f"energy is known for softmax and L2 attention, got {type(attention).__name__}")
-    A, P, V, cov = attention.A, attention.P, attention.value_matrix, state.cov
-    ratio, parallel = _proportion(attention)
-    softmax = isinstance(attention, Softmax)
-    target = A if softmax else P
-    size = (target * target).sum()
-    s = jnp.where(size > 0, (V * target).sum() / jnp.where(size > 0, size, 1.0), 0.0).astype(size.dtype)
-    if is_concrete(attention, state):
-        name = "A = K^T Q" if softmax else "P = K^T K"
-        if softmax and bool(jnp.linalg.norm(A - A.T) > HYPOTHESIS * jnp.linalg.norm(A)):
-            raise MatrixError("energy needs a symmetric matrix A = K^T Q, got one that is not: the flow has no potential")
-        if not softmax and not bool(parallel):
-            raise MatrixError("energy of L2 attention needs Q to be a multiple of K: otherwise the flow has no potential")
-        if bool(jnp.linalg.norm(V - s * target) > HYPOTHESIS * jnp.linalg.norm(V)):
-            raise MatrixError(f"energy needs V to be a multiple of {name}: otherwise the flow is no Bures gradient flow")
-        if bool((state.mean != 0).any()):
-            raise MatrixError("energy needs a state of zero mean: with another mean the flow is no Bures gradient flow")
-    if softmax:
-        return -jnp.trace(V @ cov @ A @ cov) / 4
-    keys = attention.K @ state.factor
-    gram = attention.scale * (keys.T @ keys)
-    return -ratio * s * (jnp.trace(gram) / 2 - jnp.linalg.slogdet(jnp.eye(gram.shape[0], dtype=gram.dtype) + 2 * gram)[1] / 4)
+    cov: Array
+    holds: Array
+    noise: Array | None
 
 
-def _checked(flow: GaussianFlow, state: Any, user: str) -> Softmax | L2:
-    attention = plain_attention(flow, user)
+def _asked(flow: GaussianFlow, state: Any, user: str) -> tuple[Any, Gaussian, _Rests | None]:
+    """The attention that acts, feed-forward included, after checks; and the equilibrium of the flow if it has one."""
+    attention = plain_attention(flow, user, terms=("feed_forward", "noise"))
     if not isinstance(state, Gaussian):
         raise ArgumentError(f"state must be a Gaussian, got {type(state).__name__}")
     if state.dim != attention.dim:
         raise ShapeError(f"state must have dimension {attention.dim} to match the attention, got {state.dim}")
-    return attention
+    if any(isinstance(part, Layered) for part in _parts(attention)):
+        raise NoClosedFormError(f"{user} is not known for weights that change with depth: use integrate")
+    attention, state = without_mean(attention, state)
+    if flow.feed_forward is None and flow.noise is None:
+        return attention, state, None
+    rests = None
+    if isinstance(attention, Softmax) and attention.V.ndim == 0:
+        rests = _Rests(*attractor(attention, flow.feed_forward, flow.noise), flow.noise)
+    if flow.noise is not None and (rests is None or (is_concrete(rests.holds) and not bool(rests.holds))):
+        raise NoClosedFormError(f"{user} with noise is known for softmax attention with a number v as V and v (A + A^T) negative definite")
+    if flow.feed_forward is not None:
+        attention = MultiHead([attention, FeedForward(*flow.feed_forward)])
+    return attention, state, rests
 
 
-def _over_states(function: Any, state: Gaussian) -> Any:
-    """Apply a function of one factor over the leading axes of a state, flattened into one axis so that every batch shape shares the code."""
-    factor = state.factor
-    lead = factor.shape[:-2]
-    if not lead:
-        return function(factor)
-    out = jax.vmap(function)(factor.reshape(-1, *factor.shape[-2:]))
-    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), out)
+def _flat(state: Gaussian) -> tuple[tuple[int, ...], Float[Array, "n d r"]]:
+    """The leading axes of a state, and its factors along one axis, so that every batch shape shares the code."""
+    lead = state.factor.shape[:-2]
+    return lead, state.factor.reshape(-1, *state.factor.shape[-2:])
 
 
-def _scalar_limit(attention: Softmax, factor: Float[Array, "d r"]) -> Limit:
-    """The limit for V = v I from one eigendecomposition."""
-    form, level = quadratic_form(attention, factor)
-    values, vectors = jnp.linalg.eigh(attention.V * form)
-    small = jnp.abs(attention.V) * level
-    blows, dies = values[-1] > small, values[-1] < -small
-    top = values >= values[-1] - jnp.maximum(small, 1e-9 * jnp.abs(values[-1]))
-    chosen = jnp.where(blows, top, jnp.abs(values) <= small)
-    keep = chosen.astype(values.dtype)
-    kept = factor @ (vectors * keep)
-    trace = (kept * kept).sum()
-    cov = _symmetric(kept @ kept.T) / jnp.where(blows & (trace > 0), trace, 1.0)
-    turning = vectors.T @ (attention.V * attention.scale * ((attention.K @ factor).T @ (attention.Q @ factor))) @ vectors
-    turning = jnp.linalg.norm(turning * keep[:, None] * keep[None, :])
-    zero = dies | (trace == 0)
-    kind = jnp.where(blows, Regime.BLOWUP, jnp.where(zero, Regime.ZERO, jnp.where(turning > small, Regime.ROTATING, Regime.FROZEN)))
-    rank = jnp.where(zero, 0, chosen.sum(dtype=jnp.int32))
-    return Limit(cov, rank.astype(jnp.int32), kind.astype(jnp.int32), 10 * jnp.finfo(cov.dtype).eps * jnp.linalg.norm(cov))
+def _attracted(rests: _Rests, factors: Float[Array, "n d r"]) -> Known:
+    """The certificate that each start tends to the equilibrium: its covariance is regular, or the noise makes it so."""
+    def one(factor: Array) -> Known:
+        cov = factor @ factor.T
+        values = jnp.linalg.eigvalsh(cov if rests.noise is None else cov + _symmetric(rests.noise).astype(cov.dtype))
+        regular = rests.holds & (values[0] > FAINT * values[-1])
+        rank = (jnp.linalg.eigvalsh(rests.cov) > FAINT * jnp.maximum(jnp.trace(rests.cov), values[-1])).sum(dtype=jnp.int32)
+        kind = jnp.where(rank > 0, Regime.EQUILIBRIUM, Regime.ZERO)
+        error = 1e-12 * jnp.linalg.norm(rests.cov)
+        if rests.noise is not None:                                   # without the noise the run that a certificate spares would be another flow
+            kind, rank = jnp.where(regular, kind, Regime.UNDECIDED), jnp.where(regular, rank, 0)
+            error, regular = jnp.where(regular, error, jnp.inf), jnp.ones((), bool)
+        cov = jnp.where(rank > 0, rests.cov, 0.0)
+        return Known(regular, cov.astype(factor.dtype), rank.astype(jnp.int32), kind.astype(jnp.int32), error.astype(factor.dtype))
+
+    return jax.vmap(one)(factors)
 
 
 @jax.jit
-def _run(attention: Attention, factor: Float[Array, "d r"], settle: Any) -> tuple[Limit, Array]:
-    """Limit and blow-up time from one run in the desingularized clock; one compiled loop serves both questions, batches and sweeps."""
-    flow = Desingularized(attention, jnp.asarray(settle, factor.dtype))
-    start = Gaussian._raw(jnp.zeros(factor.shape[0], factor.dtype), factor, None)
-    single = factor.dtype == jnp.float32
-    sol = integrate(flow, start, jnp.array([0.0, CLOCK_END], factor.dtype), rtol=1e-5 if single else 1e-10, atol=1e-6 if single else 1e-12,
-                    max_steps=STEPS, throw=False)
-    return _read(flow, last(sol.value), sol.status)
+def _scalar_limits(attentions: Softmax, factors: Float[Array, "n d r"]) -> Limit:
+    return Limit(*jax.vmap(scalar_softmax)(attentions, factors)[1:])
 
 
-def _read(flow: Desingularized, y: Direction, status: Array) -> tuple[Limit, Array]:
-    """Regime, limit and blow-up time from the state at which a run ended."""
-    attention = flow.attention
+def _limits_of(attentions: Attention, factors: Float[Array, "n d r"], rests: _Rests | None) -> Limit:
+    """Limits of lanes of heads and factors; what the weights decide for every lane is not run, and not compiled."""
+    known, never = _known(attentions, factors, rests)
+    if (rests is not None and rests.noise is not None) or (is_concrete(known) and bool(known.holds.all())):
+        return Limit(*known[1:])
+    return _answers(attentions, factors, known, never, jnp.asarray(SETTLED, factors.dtype), False)[0]
+
+
+@jax.jit
+def _known(attentions: Attention, factors: Float[Array, "n d r"], rests: _Rests | None) -> tuple[Known, Array]:
+    """What is known without a run, and which lanes can never blow up."""
+    known = jax.vmap(certificate)(attentions, factors) if rests is None else _attracted(rests, factors)
+    return known, known.holds & (known.regime != Regime.BLOWUP) | jax.vmap(never_blows_up)(attentions)
+
+
+@jax.jit
+def _answers(attentions: Attention, factors: Float[Array, "n d r"], known: Known, never: Array, settle: Array,
+             quick: Any) -> tuple[Limit, Array, Array]:
+    """Limits and blow-up times of lanes of heads and factors, and which lanes blow up; one compiled program for all questions.
+
+    Lanes with a certificate start at zero, where nothing is left to do. With `quick` only the time is asked for, so lanes that cannot blow up do.
+    """
+    done = jnp.where(quick, never, known.holds)
+    ends = _followed(attentions, jnp.where(done[:, None, None], 0.0, factors).astype(factors.dtype), settle)
+    found, times = jax.vmap(_read)(attentions, *ends)
+    exact = Limit(*known[1:])
+    found = jax.tree.map(lambda a, b: jnp.where(known.holds.reshape(-1, *[1] * (a.ndim - 1)), a, b), exact, found)
+    blows = (found.regime == Regime.BLOWUP) & ~never
+    times = jnp.where(blows, times, jnp.where(never | (found.regime != Regime.UNDECIDED), jnp.inf, jnp.nan))
+    return found, times.astype(factors.dtype), blows
+
+
+def _repeated(attention: Attention, factors: Float[Array, "n d r"]) -> Attention:
+    """The same head for every lane."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (factors.shape[0], *jnp.shape(leaf))), attention)
+
+
+def _start(attention: Attention, factor: Float[Array, "d r"], settle: Array) -> Direction:
+    return Desingularized(attention, settle).lift(Gaussian._raw(jnp.zeros(factor.shape[0], factor.dtype), factor, None))
+
+
+def _advance(attention: Attention, y: Direction, settle: Array, steps: int) -> tuple[Direction, Array]:
+    dtype = y.matrix.dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else TOLERANCE
+    sol = integrate(Desingularized(attention, settle), y, jnp.array([0.0, CLOCK_END], dtype), rtol=tolerance, atol=tolerance / 100, max_steps=steps,
+                    solver=rosenbrock(), throw=False)
+    return last(sol.value), jnp.asarray(sol.status, jnp.int32)
+
+
+def _followed(attentions: Attention, factors: Float[Array, "n d r"], settle: Array) -> tuple[Direction, Array]:
+    """Each start to its end, and how it ended. Lanes advance in groups, least advanced first, until each is decided or has spent its steps."""
+    if factors.shape[0] == 1:
+        attention = jax.tree.map(lambda leaf: leaf[0], attentions)
+        return jax.tree.map(lambda leaf: leaf[None], _advance(attention, _start(attention, factors[0], settle), settle, ROUND * ROUNDS))
+    count = factors.shape[0]
+    group = min(LANES, count)
+
+    def alive(status: Array, rounds: Array) -> Array:
+        return (status == Status.MAX_STEPS) & (rounds < ROUNDS)
+
+    def go(carry: tuple[Direction, Array, Array]) -> tuple[Direction, Array, Array]:
+        y, status, rounds = carry
+        waits = alive(status, rounds)
+        chosen = jnp.argsort(jnp.where(waits, rounds, ROUNDS + 1))[:group]
+        some, old = jax.tree.map(lambda leaf: leaf[chosen], ((attentions, y), (y, status)))
+        new = jax.vmap(lambda attention, y: _advance(attention, y, settle, ROUND))(*some)
+        on = waits[chosen]
+        new = jax.tree.map(lambda a, b: jnp.where(on.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+        y, status = jax.tree.map(lambda whole, part: whole.at[chosen].set(part), (y, status), new)
+        return y, status, rounds.at[chosen].add(on.astype(rounds.dtype))
+
+    y = jax.vmap(lambda attention, factor: _start(attention, factor, settle))(attentions, factors)
+    begin = y, jnp.full(count, int(Status.MAX_STEPS), jnp.int32), jnp.zeros(count, jnp.int32)
+    return lax.while_loop(lambda carry: alive(*carry[1:]).any(), go, begin)[:2]
+
+
+@jax.jit
+def _times_of(attention: Attention, factors: Float[Array, "n d r"]) -> Array:
+    """Blow-up times to round-off by an explicit solver, infinite where the run does not end so."""
+    single = factors.dtype == jnp.float32
+
+    def one(factor: Array) -> Array:
+        flow = Desingularized(attention)
+        y0 = _start(attention, factor, flow.settle)
+        sol = integrate(flow, y0, jnp.array([0.0, CLOCK_END], factor.dtype), rtol=1e-5 if single else 1e-10, atol=1e-6 if single else 1e-12,
+                        max_steps=EXPLICIT_STEPS, throw=False)
+        time = flow.signs(last(sol.value)).blow_up_time
+        return jnp.where(sol.status == Status.BLOWUP, time, jnp.inf)
+
+    return one(factors[0])[None] if factors.shape[0] == 1 else jax.vmap(one)(factors)
+
+
+def _read(attention: Attention, y: Direction, status: Array) -> tuple[Limit, Array]:
+    """Limit and rough blow-up time from the state at which a run ended."""
+    flow = Desingularized(attention)
     drift, _, speed = flow.rates(y)
     signs, motion = flow.signs(y), 2 * _symmetric(drift @ y.matrix.T)
     ended, blows = status == Status.CONVERGED, (status == Status.BLOWUP) | signs.certain
     grows, settled = ended & signs.growing, ended & signs.settled
     rests = ended & ~grows & ~settled
     empty = (y.matrix == 0).all()
-    turns = jnp.linalg.norm(drift) > 1e-3 * speed                                        # at rest, a frozen state has a drift below 1e-4
-    kind = jnp.where(blows, Regime.BLOWUP, jnp.where(grows, Regime.GROWING, jnp.where(settled | (rests & empty), Regime.ZERO, jnp.where(
-        rests, jnp.where(turns, Regime.ROTATING, Regime.FROZEN), Regime.UNDECIDED))))
+    turns = jnp.linalg.norm(drift) > 0.1 * speed                            # a rotation drives the clock, a frozen state leaves that to the time
+    layer = any(isinstance(part, FeedForward) for part in _parts(attention))
+    still = Regime.EQUILIBRIUM if layer else jnp.where(turns, Regime.ROTATING, Regime.FROZEN)          # tokens may turn in an equilibrium too
+    kind = jnp.where(blows, Regime.BLOWUP, jnp.where(grows, Regime.GROWING, jnp.where(settled | (rests & empty), Regime.ZERO,
+                     jnp.where(rests, still, Regime.UNDECIDED))))
 
-    tail = jnp.where(rests, y.time, 0.0) * motion                         # t times the derivative: what a 1/t tail still has to go
+    tail = jnp.where(rests, 1 / signs.order, 0.0) * motion / speed              # what a motion like t^-p still has to go
     direction = y.cov + tail
     values, before = jnp.linalg.eigvalsh(direction), jnp.linalg.eigvalsh(y.cov)
-    rank = (values > jnp.maximum(PERSISTENT * before, FAINT * before[-1])).sum(dtype=jnp.int32)
+    # a direction is not followed for long: what is as small as its motion may still vanish
+    present = jnp.where(blows | grows, jnp.minimum(3 * signs.unsettled, 0.5), PERSISTENT * before)
+    rank = (values > jnp.maximum(present, FAINT * before[-1])).sum(dtype=jnp.int32)
     trace = jnp.where(blows | grows, 1 / jnp.trace(direction), jnp.exp(y.log_trace))
     zero = kind == Regime.ZERO
     cov = jnp.where(zero, 0.0, trace * direction).astype(direction.dtype)
     # a settling direction has about its present motion still to go; the tail of a frozen state is removed up to its square
-    rest = jnp.where(blows | grows, signs.unsettled, jnp.linalg.norm(tail))
+    rest = jnp.where(blows | grows, signs.unsettled, jnp.linalg.norm(tail) + 10 * TOLERANCE)
     error = jnp.where(zero, 0.0, trace * jnp.maximum(rest, 1e-10)).astype(direction.dtype)
     error = jnp.where(kind == Regime.UNDECIDED, jnp.inf, error).astype(direction.dtype)
-    found = Limit(cov, jnp.where(zero, 0, rank).astype(jnp.int32), kind.astype(jnp.int32), error)
-
-    time = jnp.where(blows, signs.blow_up_time, jnp.where(ended, jnp.inf, jnp.nan))
-    if isinstance(attention, L2):                                                    # injective keys bound the velocity: no blow-up
-        keys = jnp.linalg.eigvalsh(attention.P)
-        time = jnp.where(keys[0] > 100 * jnp.finfo(keys.dtype).eps * keys[-1], jnp.inf, time)
-    return found, time.astype(y.time.dtype)
+    return Limit(cov, jnp.where(zero, 0, rank).astype(jnp.int32), kind.astype(jnp.int32), error), signs.blow_up_time.astype(y.time.dtype)
