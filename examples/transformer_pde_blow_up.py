@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Blow-up time against theory
 #
-# A covariance under softmax attention can become infinite at a finite depth $t^*$. Here $t^*$ is computed in three ways for random heads: by formula, by
-# a flow in a clock that never ends, and by the published scheme, which steps until the trace passes a threshold.
+# A covariance under softmax attention can become infinite at a finite depth $t^*$. Here $t^*$ is computed in three ways for random heads: by
+# formula, by a flow in a clock that never ends, and by the published scheme, which steps until the trace passes a threshold.
 
 # %%
 import jax
@@ -21,9 +21,9 @@ keys = jax.random.split(jax.random.key(1), COUNT)
 # %% [markdown]
 # ## A formula for $V = I$
 #
-# With $A = K^\top Q$ and $\Sigma_0 = L_0 L_0^\top$, the covariance is $L_0 (I - t L_0^\top (A + A^\top) L_0)^{-1} L_0^\top$: it blows up at one over the
-# largest eigenvalue of $L_0^\top (A + A^\top) L_0$, if that is positive. Giving $V$ as a number tells `blow_up_time` that the formula applies. The same
-# $V$ given as a matrix hides it, and the answer comes from `Desingularized`. Both take a batch of heads in one call.
+# With $A = K^\top Q$ and $\Sigma_0 = L_0 L_0^\top$, the covariance is $L_0 (I - t L_0^\top (A + A^\top) L_0)^{-1} L_0^\top$: it blows up at one
+# over the largest eigenvalue of $L_0^\top (A + A^\top) L_0$, if that is positive. Giving $V$ as a number tells `blow_up_time` that the formula
+# applies. The same $V$ given as a matrix hides it, and the answer comes from `Desingularized`. Both take a batch of heads in one call.
 
 
 # %%

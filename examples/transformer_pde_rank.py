@@ -1,8 +1,9 @@
 # %% [markdown]
 # # The rank that is left
 #
-# Under attention with keys $K = -Q$ tokens cluster: the covariance converges to one of lower rank. Of which rank? Theory says $d - \operatorname{rank} Q$
-# exactly, if $V$ is symmetric positive definite and $\Sigma_0$ invertible. A histogram of eigenvalues above a threshold says something else.
+# Under attention with keys $K = -Q$ tokens cluster: the covariance converges to one of lower rank. Of which rank? Theory says $d -
+# \operatorname{rank} Q$ exactly, if $V$ is symmetric positive definite and $\Sigma_0$ invertible. A histogram of eigenvalues above a threshold says
+# something else.
 
 # %%
 import jax
@@ -19,8 +20,8 @@ HEADS = 100
 # %% [markdown]
 # ## Random heads
 #
-# For each dimension: random queries of $\lfloor d/2 \rfloor$ rows, a random start, and $V = I$, so that the limit is a formula. `limit` gives covariance and
-# rank; `sweep` repeats it over keys in one compiled call.
+# For each dimension: random queries of $\lfloor d/2 \rfloor$ rows, a random start, and $V = I$, so that the limit is a formula. `limit` gives
+# covariance and rank; `sweep` repeats it over keys in one compiled call.
 
 
 # %%
@@ -40,8 +41,8 @@ for dim in (3, 4, 5):
     print(f"d = {dim}: heads of rank 0, 1, ...: {ranks}; with so many eigenvalues above 0.1: {large}")
 
 # %% [markdown]
-# The rank is $\lceil d/2 \rceil$ for every head. The count of eigenvalues above 0.1 is a statement about sizes: a limit of full allowed rank may be small in some
-# direction, and at no finite depth has a decaying direction vanished.
+# The rank is $\lceil d/2 \rceil$ for every head. The count of eigenvalues above 0.1 is a statement about sizes: a limit of full allowed rank may be
+# small in some direction, and at no finite depth has a decaying direction vanished.
 #
 # ## Heads without structure
 #

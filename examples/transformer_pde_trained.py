@@ -36,8 +36,8 @@ def prompts(key, count, tokens=TOKENS):
 # %% [markdown]
 # ## Training
 #
-# Four layers $x \mapsto x + \Gamma(x)$, each with a softmax and an affine part: the weights are those of four `MultiHead` blocks. Adam is written out,
-# since nothing else of an optimizer is needed.
+# Four layers $x \mapsto x + \Gamma(x)$, each with a softmax and an affine part: the weights are those of four `MultiHead` blocks. Adam is written
+# out, since nothing else of an optimizer is needed.
 
 
 # %%
@@ -124,5 +124,5 @@ with paper_style():
     right.text(0.05, predicted[0, 0] / 2.1, "noise", color=COLORS["blue"], va="top", fontsize="small")
 
 # %% [markdown]
-# Lines: predicted from weights and covariance. Points: 4096 tokens. Bands: twelve prompts of 64 tokens, as in training. The learned layers pull the two
-# noise directions together and keep the plane, and the moment equations know by how much.
+# Lines: predicted from weights and covariance. Points: 4096 tokens. Bands: twelve prompts of 64 tokens, as in training. The learned layers pull the
+# two noise directions together and keep the plane, and the moment equations know by how much.
