@@ -48,6 +48,7 @@ from theorylab.acvi.games import (
     sparse_game as sparse_game,
     toy_gan as toy_gan,
 )
+from theorylab.acvi.implicit import smoothed_equilibrium as smoothed_equilibrium
 from theorylab.acvi.inexact import InexactACVI as InexactACVI, InexactProjectedACVI as InexactProjectedACVI, Krylov as Krylov
 from theorylab.acvi.interior import InteriorPoint as InteriorPoint
 from theorylab.acvi.merit import (

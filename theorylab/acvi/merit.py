@@ -210,7 +210,7 @@ def central_path(problem: Inequality, mus: Any, *, barrier: str = "log") -> Arra
         barrier: `"log"`, or `"entropy"` ($\mu\sum_i x_i\log x_i$, for `Nonnegative` constraints).
 
     Returns:
-        The points, shape `(k, n)`; NaN where Newton's method failed.
+        The points, shape `(k, n)`; NaN where Newton's method failed, as it may on degenerate games for mu below 1e-9.
 
     Raises:
         ArgumentError: a weight is not above 0, or the entropy barrier on other constraints than `Nonnegative`.

@@ -45,7 +45,7 @@ class Inequality(Problem):
         self.equality = as_equality(equality, dim)
         self.solution = None if solution is None else checks.array("solution", solution, (dim,))
         self.x0 = None if x0 is None else checks.array("x0", x0, (dim,))
-        if checks.known(self.constraints, self.equality):
+        if not tree.is_traced(self.constraints, self.equality):
             intersection.check_nonempty(self.constraints, self.equality)
 
     def replace(self, **changes: Any) -> Any:
@@ -261,7 +261,7 @@ class AffineVariationalInequality(Inequality):
         n = self.M.shape[0]
         self.q = jnp.zeros(n, self.M.dtype) if q is None else like(checks.array("q", q, (n,)), self.M)
         self._attach(n, constraints, equality, solution, x0)
-        if checks.known(M, self.equality):
+        if not tree.is_traced(M, self.equality):
             self._warn_unless_monotone()
 
     def _arguments(self) -> dict[str, Any]:
