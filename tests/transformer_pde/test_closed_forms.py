@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.linalg
 import scipy.special
 
 from theorylab import transformer_pde as tp
 from theorylab.errors import ArgumentError, NoClosedFormError, ShapeError
-from theorylab.transformer_pde.closed_forms import _log_inverse_growth
+from theorylab.transformer_pde.closed_forms import _Carried, _log_inverse_growth, flow_map
 
 RNG = np.random.default_rng(0)
 ROOT, Q, K, V, MEAN = RNG.normal(size=(3, 3)), *(RNG.normal(size=(3, 3, 3)) * 0.5), RNG.normal(size=3)
@@ -24,13 +25,19 @@ def by_scipy(head: tp.Attention, state: tp.Gaussian, times: np.ndarray) -> tuple
     """Means and covariances from the moment equations in NumPy, to 1e-13."""
     Q, K, V, c = np.asarray(head.Q), np.asarray(head.K), np.asarray(head.value_matrix), float(head.scale)
     A, P, d = c * K.T @ Q, c * K.T @ K, head.dim
-    l2 = isinstance(head, tp.L2)
 
     def field(t: float, y: np.ndarray) -> np.ndarray:
         a, S = y[:d], y[d:].reshape(d, d)
-        tilt, twice = (np.linalg.inv(np.eye(d) + 2 * S @ P), 2) if l2 else (np.eye(d), 1)
-        B = twice * V @ tilt @ S @ A
-        return np.concatenate([V @ tilt @ (a + twice * S @ A @ a), (B @ S + S @ B.T).ravel()])
+        if isinstance(head, tp.Sinkhorn):
+            eps, root = float(head.temperature), scipy.linalg.sqrtm(S).real
+            left, s, right = np.linalg.svd(root @ A.T @ root / eps)
+            plan = root @ left @ np.diag(2 * s / (1 + np.sqrt(1 + 4 * s * s))) @ right @ root
+            B, m = V @ plan.T @ np.linalg.pinv(S) / eps, V @ a / eps
+        else:
+            l2 = isinstance(head, tp.L2)
+            tilt, twice = (np.linalg.inv(np.eye(d) + 2 * S @ P), 2) if l2 else (np.eye(d), 1)
+            B, m = twice * V @ tilt @ S @ A, V @ tilt @ (a + twice * S @ A @ a)
+        return np.concatenate([m, (B @ S + S @ B.T).ravel()])
 
     y0 = np.concatenate([np.asarray(state.mean), np.asarray(state.cov).ravel()])
     sol = scipy.integrate.solve_ivp(field, (0, times[-1]), y0, method="DOP853", rtol=1e-13, atol=1e-14, t_eval=times)
@@ -58,29 +65,59 @@ def test_l2_with_a_number_as_value(v, ratio, state):
     assert_follows(tp.L2(ratio * K, K, v, 0.7), state.replace(mean=MEAN), 2.0)
 
 
-@pytest.mark.parametrize("kind", [tp.Softmax, tp.L2])
-def test_rank_one_states(kind):
-    assert_follows(kind(Q, K, V), LINE, 0.3)
-    assert_follows(kind(-Q, K, V), LINE, 0.3)
-    assert_follows(kind(-K, K, STEADY), LINE, 50.0)
+@pytest.mark.parametrize("v, sign", [(1.3, 1), (-0.8, 1), (1.3, -1)])
+def test_sinkhorn_with_a_number_as_value(v, sign):
+    head = tp.Sinkhorn(sign * K, K, v, 0.7, temperature=0.6)
+    assert_follows(head, FULL.replace(mean=MEAN), 1.5, 1e-10)               # the square roots of the reference lose digits
+    mixed = tp.Sinkhorn(K + K.T, np.eye(3), v, temperature=0.6)             # an indefinite form: some directions grow, some decay
+    assert_follows(mixed, FULL, 1.5, 1e-10)
+    thin = tp.closed_form(tp.GaussianFlow(head), THIN, [0.0, 1.0])
+    np.testing.assert_allclose(thin.cov[0], THIN.cov, rtol=1e-12)
+    slope = (thin.cov[1] - tp.closed_form(tp.GaussianFlow(head), THIN, [1.0 - 1e-6]).cov[0]) / 1e-6
+    L = thin.factor[1]
+    moved = np.asarray(head.factor_velocity(thin.mean[1], L)[1] @ L.T)
+    np.testing.assert_allclose(slope, moved + moved.T, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [tp.Softmax, tp.L2])
-def test_rank_one_heads(kind):
-    q = Q[:1]
-    assert_follows(kind(0.5 * q, q, V, 0.7), FULL, 0.3)
-    assert_follows(kind(-q, q, STEADY, 0.7), FULL, 100.0)           # freezes: the clock stops at a zero of the orbit
-    frozen = tp.closed_form(tp.GaussianFlow(kind(-q, q, STEADY, 0.7)), FULL, [1e9]).cov[0]
-    assert np.abs(q @ frozen).max() < 1e-6                          # the limit has Q Sigma = 0
+def test_sinkhorn_survives_growth_beyond_the_range_of_numbers_of_sinh_and_has_derivatives():
+    flow = lambda v: tp.GaussianFlow(tp.Sinkhorn(K, K, v))
+    far = tp.closed_form(flow(1.0), FULL, [300.0, 301.0]).cov
+    np.testing.assert_allclose(far[1] / far[0], np.exp(2), rtol=1e-9)       # rate 2 v / temperature
+    assert np.isfinite(tp.closed_form(flow(-1.0), FULL, [1e8]).cov).all()
+    at = lambda v: tp.closed_form(flow(v), FULL, jnp.array([0.5])).cov[0]
+    slope, h = jax.jvp(at, (1.0,), (1.0,))[1], 1e-5
+    np.testing.assert_allclose(slope, (at(1 + h) - at(1 - h)) / (2 * h), rtol=1e-7, atol=1e-8)
 
 
-def test_a_rank_one_state_blows_up_where_a_number_as_value_says_so():
-    flow = tp.GaussianFlow(tp.Softmax(K, K, np.eye(3)))
-    end = float(tp.blow_up_time(tp.GaussianFlow(tp.Softmax(K, K, 1.0)), LINE))
-    near = tp.closed_form(flow, LINE, [0.999 * end]).cov[0]
-    np.testing.assert_allclose(near, LINE.cov * 1000, rtol=1e-9)    # 1 / (1 - t/t*)
-    with pytest.raises(ArgumentError, match=f"times must lie below the blow-up time {end:.8f}"):
-        tp.closed_form(flow, LINE, [1.001 * end])
+def test_linear_attention_at_zero_mean_is_softmax():
+    times = [0.0, 0.05]
+    one, other = (tp.closed_form(tp.GaussianFlow(kind(Q, K, 1.3)), FULL, times) for kind in (tp.Linear, tp.Softmax))
+    np.testing.assert_array_equal(one.cov, other.cov)
+    traced = jax.jit(lambda m: tp.closed_form(tp.GaussianFlow(tp.Linear(Q, K, 1.3)), FULL.replace(mean=m), jnp.asarray(times)).cov)
+    assert np.isnan(traced(jnp.ones(3))).all() and np.isfinite(traced(jnp.zeros(3))).all()
+
+
+def test_the_flow_map_carries_tokens():
+    head = tp.Softmax(K, K, -0.8, 0.7)
+    times = np.array([0.0, 0.3, 0.9])
+    for state in (FULL, THIN):
+        closed = flow_map(tp.GaussianFlow(head), state, times)
+        np.testing.assert_allclose(closed[0], np.eye(3), atol=1e-14)
+        cov = tp.closed_form(tp.GaussianFlow(head), state, times).cov
+        np.testing.assert_allclose(closed @ state.cov @ np.swapaxes(closed, 1, 2), cov, rtol=1e-11, atol=1e-13)
+    general = flow_map(tp.GaussianFlow(tp.Softmax(K, K, -0.8 * np.eye(3), 0.7)), state, times[1:])
+    np.testing.assert_allclose(general, closed[1:], rtol=1e-8, atol=1e-9)                     # also off the range of the singular state
+
+
+def test_the_flow_map_of_a_general_flow_moves_the_covariance():
+    flow = tp.GaussianFlow(tp.L2(Q, K, V), feed_forward=(0.3 * Q, None), normalize=True)
+    carried = flow_map(flow, FULL, [0.4])[0]
+    there = carried @ FULL.cov @ carried.T
+    assert float(jnp.trace(there)) == pytest.approx(float(jnp.trace(FULL.cov)), rel=1e-8)          # what normalize keeps, at zero mean
+    other = tp.GaussianFlow(flow.attention, flow.feed_forward, normalize=True, form="covariance")
+    change = [_Carried(f).field(jnp.zeros(()), (f.lift(FULL), carried)) for f in (flow, other)]
+    np.testing.assert_allclose(change[0][1], change[1][1], rtol=1e-11)
+    np.testing.assert_allclose(change[0][0]._factor, change[0][1] @ jnp.linalg.inv(carried) @ FULL.factor, rtol=1e-10, atol=1e-13)    # L' = B L
 
 
 def test_the_scalar_equation_of_l2_is_the_wright_omega_function():
@@ -123,17 +160,21 @@ S, L = tp.Softmax, tp.L2
 BAD = {
     "matrix V": (lambda: asked(S, Q, K, V), NoClosedFormError, "3 x 3 value matrix, 3 rows of queries"),
     "mean": (lambda: asked(S, Q, K, 1.0, FULL.replace(mean=MEAN), [0.01]), NoClosedFormError, "the mean of V = v I"),
-    "orbit mean": (lambda: asked(S, Q, K, V, LINE.replace(mean=MEAN)), NoClosedFormError, "state of zero mean"),
+    "linear mean": (lambda: asked(tp.Linear, Q, K, 1.0, FULL.replace(mean=MEAN)), NoClosedFormError, "linear attention is solved at zero mean"),
     "L2 ratio": (lambda: asked(L, Q, K, 1.0), NoClosedFormError, "Q is not a multiple of K"),
-    "head ratio": (lambda: asked(L, Q[:1], K[:1], V), NoClosedFormError, "not a multiple of K"),
-    "noise": (lambda: asked(S, Q, K, 1.0, noise=0.1, form="covariance"), NoClosedFormError, "has noise"),
-    "normalize": (lambda: asked(L, K, K, 1.0, normalize=True), NoClosedFormError, "has normalize"),
-    "traced orbit": (lambda: jax.jit(lambda t: asked(S, Q, K, V, LINE, t).cov)(jnp.ones(1)), NoClosedFormError, "traced"),
+    "Sinkhorn form": (lambda: asked(tp.Sinkhorn, Q, K, 1.0), NoClosedFormError, "A = K.T Q is not symmetric"),
+    "noise": (lambda: asked(L, K, K, 1.0, noise=0.1, form="covariance"), NoClosedFormError, "known for softmax attention with a number"),
+    "normalize": (lambda: asked(L, K, K, 1.0, normalize=True), NoClosedFormError, "with normalize"),
+    "heads": (lambda: tp.closed_form(tp.GaussianFlow(tp.MultiHead([S(K, K, 1.0)])), FULL, [0.1]), NoClosedFormError, "for MultiHead"),
+    "sigmoid": (lambda: asked(tp.Sigmoid, K, K, 1.0), (NoClosedFormError, ArgumentError), "which Sigmoid does"),
     "late": (lambda: asked(S, K, K, 1.0, FULL, [0.0, 1e3]), ArgumentError, "below the blow-up time"),
     "negative": (lambda: asked(S, K, K, 1.0, FULL, [-1.0]), ArgumentError, "times must be at least 0, got -1"),
     "table": (lambda: asked(S, K, K, 1.0, FULL, [[0.1]]), ArgumentError, "times must be one-dimensional"),
     "flow": (lambda: tp.closed_form(S(K, K, 1.0), FULL, [0.1]), ArgumentError, "flow must be a GaussianFlow, got Softmax"),
     "dim": (lambda: asked(S, K, K, 1.0, tp.Gaussian.standard(2)), ShapeError, "state must have dimension 3"),
+    "map flow": (lambda: flow_map(S(K, K, 1.0), FULL, [0.1]), ArgumentError, "flow must be a GaussianFlow, got Softmax"),
+    "map late": (lambda: flow_map(tp.GaussianFlow(S(K, K, 1.0)), FULL, [1e3]), ArgumentError, "below the blow-up time"),
+    "map state": (lambda: flow_map(tp.GaussianFlow(S(K, K, 1.0)), tp.Gaussian.standard(2), [0.1]), ShapeError, "dimension 3"),
 }
 
 

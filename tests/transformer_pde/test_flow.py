@@ -1,8 +1,7 @@
-"""Flows of Gaussians: published digits, terms against SciPy, both forms, blow-up in depth and in the desingularized clock."""
+"""Flows of Gaussians: published digits, terms against SciPy, both forms, blow-up in depth."""
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 import scipy.integrate
@@ -76,27 +75,6 @@ def test_a_blow_up_in_depth_is_a_status_with_its_time():
     assert sol.stats.counters["last_time"] == pytest.approx(float(tp.blow_up_time(flow, large)), rel=1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_desingularized_clock_traces_the_same_covariances(kind):
-    flow = tp.Desingularized(KINDS[kind](Q, K, V))
-    path = tl.integrate(flow, START, [0.0, 3.0], rtol=1e-11, atol=1e-13).value
-    assert path.time[1] > path.time[0] == 0
-    there = tl.integrate(tp.GaussianFlow(KINDS[kind](Q, K, V)), START, np.asarray(path.time), rtol=1e-11, atol=1e-13).value
-    np.testing.assert_allclose(np.exp(path.log_trace)[:, None, None] * path.cov, there.cov, rtol=1e-8)
-    np.testing.assert_allclose(path.square(), 1, atol=1e-9)
-    going_on = tl.integrate(flow, tp.last(path), [3.0, 4.0], rtol=1e-11, atol=1e-13).value
-    assert float(going_on.time[-1]) > float(path.time[-1]) == float(going_on.time[0])
-
-
-def test_the_zero_covariance_and_zero_weights_stay_where_they_are():
-    zero = np.zeros((2, 2))
-    for head, state in ((HEAD, tp.Gaussian.from_factor(np.zeros(2), zero)), (tp.L2(Q, K, zero), START), (tp.Softmax(zero, zero, V), START)):
-        sol = tl.integrate(tp.Desingularized(head), state, [0.0, 100.0])
-        assert sol.status == tl.Status.CONVERGED and np.isfinite(jax.tree.leaves(sol.value)[0]).all()
-        moved = tl.integrate(tp.GaussianFlow(head), tp.Gaussian.from_factor(np.zeros(2), state.factor), TIMES).value
-        np.testing.assert_allclose(moved.cov[-1], state.cov, atol=1e-14)
-
-
 BAD = {
     "attention": (lambda: tp.GaussianFlow(V), ArgumentError, "attention must be a Softmax, .* got ndarray"),
     "form": (lambda: tp.GaussianFlow(HEAD, form="cholesky"), ArgumentError, "form must be one of 'factor', 'covariance', got 'cholesky'"),
@@ -107,8 +85,6 @@ BAD = {
     "b": (lambda: tp.GaussianFlow(HEAD, feed_forward=(W, np.ones(3))), ShapeError, r"feed_forward b must have shape \(2,\), got \(3,\)"),
     "state": (lambda: tl.integrate(tp.GaussianFlow(HEAD), np.eye(2), TIMES), ArgumentError, "must be a Gaussian, got ndarray"),
     "dim": (lambda: tl.integrate(tp.GaussianFlow(HEAD), tp.Gaussian.standard(3), TIMES), ShapeError, "must have dimension 2 .* got 3"),
-    "clock state": (lambda: tl.integrate(tp.Desingularized(HEAD), 1.0, TIMES), ArgumentError, "must be a Gaussian, got"),
-    "clock dim": (lambda: tl.integrate(tp.Desingularized(HEAD), tp.Gaussian.standard(1), TIMES), ShapeError, "must have dimension 2 .* got 1"),
 }
 
 

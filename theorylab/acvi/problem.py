@@ -224,7 +224,7 @@ class VariationalInequality(Inequality):
 
         Example:
             >>> from theorylab.acvi import Polyhedron
-        >>> flat = VariationalInequality(lambda x, a: x, dim=2, constraints=Polyhedron(jnp.eye(2), jnp.ones(2))).lifted()
+            >>> flat = VariationalInequality(lambda x, a: x, dim=2, constraints=Polyhedron(jnp.eye(2), jnp.ones(2))).lifted()
             >>> flat.dim, flat.equality.rows
             (4, 2)
         """
@@ -311,7 +311,7 @@ class AffineVariationalInequality(Inequality):
 
         Example:
             >>> from theorylab.acvi import Polyhedron
-        >>> AffineVariationalInequality(jnp.eye(2), None, Polyhedron(jnp.eye(2), jnp.ones(2))).lifted().dim
+            >>> AffineVariationalInequality(jnp.eye(2), None, Polyhedron(jnp.eye(2), jnp.ones(2))).lifted().dim
             4
         """
         parts = lift(self)

@@ -120,9 +120,13 @@ class Desingularized(Flow):
         trace = (factor * factor).sum((-1, -2))
         safe = jnp.where(trace > 0, trace, 1.0).astype(factor.dtype)                    # the zero covariance stays at R = 0
         still = jnp.zeros_like(safe)
-        y = Direction(factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe), still, still)
-        trend = jnp.vectorize(lambda *parts: _log_size(parts[0], self.rates(Direction(*parts, parts[1]))[0]), signature="(d,r),(),()->()")
-        return y.replace(trend=jnp.stack([trend(y.matrix, y.log_trace, y.time) / UNIT] * 2, -1))
+        matrix, log_trace = factor / jnp.sqrt(safe)[..., None, None], jnp.log(safe)
+
+        def trend(matrix: Array, log_trace: Array, time: Array) -> Array:
+            return _log_size(matrix, self.rates(Direction(matrix, log_trace, time, time))[0]) / UNIT
+
+        now = jnp.vectorize(trend, signature="(d,r),(),()->()")(matrix, log_trace, still)
+        return Direction(matrix, log_trace, still, jnp.stack([now, now], -1))
 
     def pace(self, y: Direction) -> Array:
         r"""A bound of $\|D\|$ from norms of the weights, 1 if they vanish."""

@@ -225,7 +225,8 @@ def _asked(flow: GaussianFlow, state: Any, user: str) -> tuple[Any, Gaussian, _R
         return attention, state, None
     rests = None
     if isinstance(attention, Softmax) and attention.V.ndim == 0:
-        rests = _Rests(*attractor(attention, flow.feed_forward, flow.noise), flow.noise)
+        cov, holds = attractor(attention, flow.feed_forward, flow.noise)
+        rests = _Rests(cov, holds, flow.noise)
     if flow.noise is not None and (rests is None or (is_concrete(rests.holds) and not bool(rests.holds))):
         raise NoClosedFormError(f"{user} with noise is known for softmax attention with a number v as V and v (A + A^T) negative definite")
     if flow.feed_forward is not None:

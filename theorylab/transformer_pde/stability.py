@@ -108,8 +108,8 @@ def frozen_lines(attention: Head, directions: Any = None) -> FrozenLines:
     Example:
         >>> from theorylab import transformer_pde as tp
         >>> lines = frozen_lines(tp.Softmax.bilinear(jnp.diag(jnp.array([1.0, -1.0])), jnp.diag(jnp.array([1.0, 3.0]))))
-        >>> jnp.abs(lines.directions).round(6).tolist(), lines.attracting.tolist()
-        ([[0.707107, 0.707107], [0.707107, 0.707107]], [True, True])
+        >>> (2 * lines.directions**2).round(9).tolist(), lines.attracting.tolist()        # the two diagonals
+        ([[1.0, 1.0], [1.0, 1.0]], [True, True])
     """
     if not isinstance(attention, Head):
         raise ArgumentError(f"attention must be a single head, got {type(attention).__name__}")
@@ -145,7 +145,7 @@ def stationarity(attention: Attention, state: Gaussian) -> Stationarity:
         >>> from theorylab import transformer_pde as tp
         >>> turn = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
         >>> found = stationarity(tp.Softmax(jnp.eye(2), jnp.eye(2), turn), tp.Gaussian.standard(2))
-        >>> float(found.residual), float(found.motion.round(6)), found.rotation.tolist()
+        >>> float(found.residual), round(float(found.motion), 6), found.rotation.tolist()
         (0.0, 1.414214, [[0.0, 1.0], [-1.0, 0.0]])
     """
     check_state(attention, state, Gaussian)
