@@ -113,10 +113,15 @@ def _fits(name: str, preset: str, part: str, function: Callable, leading: tuple,
 
 
 def _module_text(body: type) -> str:
-    """The text of the module that defines a figure, or of the class alone in a notebook."""
+    """The text of the module that defines a figure and of the `_*.py` beside it that it names, or of the class alone in a notebook."""
     file = getattr(sys.modules.get(body.__module__), "__file__", None)
     if file is not None:
-        return Path(file).read_text(encoding="utf-8")
+        texts, helpers = [Path(file).read_text(encoding="utf-8")], sorted(Path(file).parent.glob("_[!_]*.py"))
+        for text in texts:                                                            # grows while it is walked: helpers load helpers
+            named = [helper for helper in helpers if helper.name in text and helper != Path(file)]
+            texts += [helper.read_text(encoding="utf-8") for helper in named]
+            helpers = [helper for helper in helpers if helper not in named]
+        return "\n".join(texts)
     try:
         return inspect.getsource(body)
     except (OSError, TypeError):
