@@ -96,7 +96,8 @@ def ranks(heads: int, few: int) -> list[dict[str, Any]]:
         states = {dim: jax.vmap(lambda f: tp.Gaussian.from_factor(jnp.zeros(f.shape[0]), f))(jnp.linalg.cholesky(jnp.asarray(S)))
                   for dim, (_, _, S) in data.items()}
         given = {dim: (Q, np.ones(heads) if values == "V = I" else V) for dim, (Q, V, _) in data.items()}     # a number: the formula applies
-        flows = {dim: jax.vmap(lambda Q, V, kind=kind, dim=dim: tp.GaussianFlow(head(kind, dim, Q, V)))(*map(jnp.asarray, given[dim])) for dim in given}
+        flows = {dim: jax.vmap(lambda Q, V, kind=kind, dim=dim: tp.GaussianFlow(head(kind, dim, Q, V)))(*map(jnp.asarray, given[dim]))
+                 for dim in given}
         ask = lambda: {dim: jax.device_get(tp.limits(flows[dim], states[dim])) for dim in flows}  # noqa: B023
         began = time.process_time()
         found = ask()

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from theorylab.transformer_pde.attention import L2, Attention, Head, Softmax
 from theorylab.transformer_pde.closed_forms import is_symmetric, quadratic_form
-from theorylab.transformer_pde.combined import FeedForward, MultiHead, _parts
+from theorylab.transformer_pde.combined import FeedForward, MultiHead, parts
 from theorylab.transformer_pde.entropic import Sinkhorn
 from theorylab.transformer_pde.gaussian import _symmetric
 from theorylab.transformer_pde.orbits import HYPOTHESIS, proportion
@@ -93,7 +93,7 @@ def never_blows_up(attention: Attention) -> Array:
     The velocity of Sinkhorn, of L2 with injective keys and of a feed-forward layer is bounded by a linear one; softmax and linear attention with
     $V \succ 0$ symmetric and $A + A^\top \preceq 0$ have $\operatorname{tr}(V^{-1}\Sigma)$.
     """
-    heads = [part for part in _parts(attention) if not isinstance(part, MultiHead)]
+    heads = [part for part in parts(attention) if not isinstance(part, MultiHead)]
     bounded = jnp.stack([_linear_growth(head) for head in heads]).all()
     if len(heads) == 1 and isinstance(heads[0], Head) and heads[0].degree == 2:
         V, form = heads[0].value_matrix, heads[0].A + heads[0].A.T

@@ -193,7 +193,7 @@ class Masked(Attention):
 
     def __init__(self, attention: Attention):
         check_attention(attention)
-        if any(isinstance(part, (Sinkhorn, Masked)) for part in _parts(attention)):
+        if any(isinstance(part, (Sinkhorn, Masked)) for part in parts(attention)):
             raise ArgumentError("attention must be one that can be masked: Sinkhorn looks at all tokens, and Masked is masked already")
         self.attention = attention
 
@@ -306,10 +306,10 @@ def _members(name: str, given: Sequence[Attention]) -> tuple[Attention, ...]:
     return tuple(given)
 
 
-def _parts(attention: Attention) -> list[Attention]:
+def parts(attention: Attention) -> list[Attention]:
     """An attention and everything inside it."""
     inside = attention.heads if isinstance(attention, MultiHead) else (attention.layers,) if isinstance(attention, Layered) else ()
-    return [attention, *(part for member in inside for part in _parts(member))]
+    return [attention, *(part for member in inside for part in parts(member))]
 
 
 def _sum(arrays: Any) -> Array:

@@ -16,9 +16,8 @@ from theorylab.errors import ArgumentError, NoClosedFormError, ShapeError
 from theorylab.transformer_pde.attention import Attention, Softmax, is_concrete
 from theorylab.transformer_pde.certificates import Known, certificate, never_blows_up, scalar_softmax
 from theorylab.transformer_pde.closed_forms import plain_attention, scalar_blow_up_time, without_mean
-from theorylab.transformer_pde.combined import FeedForward, Layered, MultiHead, _parts
+from theorylab.transformer_pde.combined import FeedForward, Layered, MultiHead, parts
 from theorylab.transformer_pde.desingularized import Desingularized, Direction, last
-from theorylab.transformer_pde.energy import energy as energy
 from theorylab.transformer_pde.flow import GaussianFlow
 from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 from theorylab.transformer_pde.riccati import attractor
@@ -218,7 +217,7 @@ def _asked(flow: GaussianFlow, state: Any, user: str) -> tuple[Any, Gaussian, _R
         raise ArgumentError(f"state must be a Gaussian, got {type(state).__name__}")
     if state.dim != attention.dim:
         raise ShapeError(f"state must have dimension {attention.dim} to match the attention, got {state.dim}")
-    if any(isinstance(part, Layered) for part in _parts(attention)):
+    if any(isinstance(part, Layered) for part in parts(attention)):
         raise NoClosedFormError(f"{user} is not known for weights that change with depth: use integrate")
     attention, state = without_mean(attention, state)
     if flow.feed_forward is None and flow.noise is None:
@@ -365,7 +364,7 @@ def _read(attention: Attention, y: Direction, status: Array) -> tuple[Limit, Arr
     rests = ended & ~grows & ~settled
     empty = (y.matrix == 0).all()
     turns = jnp.linalg.norm(drift) > 0.1 * speed                            # a rotation drives the clock, a frozen state leaves that to the time
-    layer = any(isinstance(part, FeedForward) for part in _parts(attention))
+    layer = any(isinstance(part, FeedForward) for part in parts(attention))
     still = Regime.EQUILIBRIUM if layer else jnp.where(turns, Regime.ROTATING, Regime.FROZEN)          # tokens may turn in an equilibrium too
     kind = jnp.where(blows, Regime.BLOWUP, jnp.where(grows, Regime.GROWING, jnp.where(settled | (rests & empty), Regime.ZERO,
                      jnp.where(rests, still, Regime.UNDECIDED))))
