@@ -59,7 +59,7 @@ def _path(problem: Any, method: tl.Method, steps: int) -> jax.Array:
 
 
 @figure("acvi/planar-trajectories", source=f"{FIRST}, trajectories in the plane and in the appendix",
-        quick={"panels": ("bilinear", "ratio"), "longer": 2000}, paper={"panels": tuple(PANELS), "longer": 2000},
+        quick={"panels": ("bilinear",), "longer": 2000}, paper={"panels": tuple(PANELS), "longer": 2000},
         caption=r"49 steps of each method (step 0.1; ACVI: $\beta = 0.08$, $\mu_{-1} = 10^{-5}$, the iterates $y$) over the direction of $-F$; stars "
                 "are solutions, the grey line bounds the feasible set. ACVI takes exact steps and lands at the star; GDA, EG and OGDA slide along "
                 "the boundary or circle, but EG finds the star of (d). LA5 takes the five inner steps of its name (the published code takes four, "
@@ -181,7 +181,7 @@ def _rotation_methods() -> dict[str, dict[str, tl.Method]]:
 
 
 @figure("acvi/central-path", source=f"{SECOND}, central path on a square",
-        quick={"methods": ("P-ACVI", "PI-ACVI", "EG"), "steps": 5000}, paper={"methods": tuple(SHOWN), "steps": 5000},
+        quick={"methods": ("P-ACVI", "EG"), "steps": 5000}, paper={"methods": tuple(SHOWN), "steps": 5000},
         caption=r"The game $x_1x_2$ on $[-0.4, 2.4]^2$, start (2, 2), solution at the star, arrows along $-F$. The central path (grey) runs "
                 r"from the center of the square to the solution. (a) ACVI and (b) I-ACVI (10 inner gradient steps of 0.2 in $x$), with $\beta = 0.5$ "
                 r"and 18 stages of 10 steps: a dot ends each stage, $\mu = 1, 1/2, 1/4, \dots$ (c) Distance to the solution by step: P-ACVI and "

@@ -52,12 +52,13 @@ INNER = {  # inner method of PI-ACVI, its step size, number of steps
     "GD, 1 step of 0.05": (acvi.GradientDescentAscent, 0.05, 1), "EG, 1 step of 0.3": (acvi.Extragradient, 0.3, 1),
 }
 SLOPES = {"GD, 10 steps of 0.3": -0.502, "GD, 20 steps of 0.05": -0.501, "GD, 10 steps of 0.05": -0.495, "EG, 1 step of 0.3": -0.501}
+ALONE = {10: 0.6209, 100: 0.6080, 1000: 0.6067, 10_000: 0.6065}  # steps K of one rotation of speed 1 / sqrt(K), and sqrt(K) times its last move
 FAILING = ("GD, 3 steps of 0.3", "GD, 1 step of 0.05")
 
 
 @figure("acvi/tight-rate", source=f"{SECOND}, last-iterate and warm-start rates; the example is a companion derivation",
-        quick={"steps": 10_000, "seeds": 2, "powers": (1.0,), "inner": ("GD, 10 steps of 0.3", "GD, 3 steps of 0.3")},
-        paper={"steps": 20_000, "seeds": 6, "powers": (0.5, 1.0, 2.0), "inner": tuple(INNER)},
+        quick={"steps": 10_000, "seeds": 2, "powers": (1.0,), "inner": (), "lengths": ()},
+        paper={"steps": 20_000, "seeds": 6, "powers": (0.5, 1.0, 2.0), "inner": tuple(INNER), "lengths": tuple(ALONE)},
         caption=r"40 rotations with speeds from $10^{-4}$ to 1 on the box $[-1, 1]^{80}$, $\beta = 1$. (a) The gap of the last iterate of P-ACVI is "
                 r"of order $1/\sqrt k$, no less, and so is $|x_k - y_{k-1}|$; the gaps of averages and of the anchored form (Halpern, unrestarted) "
                 r"are almost $1/k$. (b) Random errors of norm $k^{-p}$ in the x-step (range of 6 seeds) change nothing for $p \geq 1$; for "
@@ -67,9 +68,9 @@ class TightRate:
     """Slopes of the gap."""
 
     @staticmethod
-    def compute(progress, steps, seeds, powers, inner):
+    def compute(progress, steps, seeds, powers, inner, lengths):
         problem, data = acvi.rotations(), {}
-        progress.start("runs", 6 + len(powers) + len(inner))
+        progress.start("runs", 2 + len(lengths) + len(powers) + len(inner))
         run = tl.iterate(problem, acvi.ProjectedACVI(1.0, output="x"), steps=steps, record=tl.whole)
         x, series = np.asarray(run.history["x"]), {"last": np.asarray(run.history["gap"])}
         series["move"] = np.append(np.nan, np.linalg.norm(np.diff(x, axis=0), axis=1))
@@ -81,7 +82,7 @@ class TightRate:
         series |= {"anchored": np.asarray(run.history["gap"]), "anchored move": np.asarray(run.history["difference"])}
         progress.update(2, "anchored")
         worst = []
-        for i, count in enumerate((10, 100, 1000, 10_000)):
+        for i, count in enumerate(lengths):
             slow = acvi.rotations(1, count**-0.5, count**-0.5)
             path = np.asarray(tl.iterate(slow, acvi.ProjectedACVI(1.0, output="x"), steps=count, record=tl.whole).history["x"])
             worst.append(count**0.5 * np.linalg.norm(path[-1] - path[-2]) / 0.5)
@@ -90,12 +91,12 @@ class TightRate:
             run = tl.iterate(problem, Disturbed(1.0, power=power), steps=steps, runs=seeds, key=1)
             data[f"slopes/{power:g}"] = np.array([_slope(gaps, 100, steps) for gaps in np.asarray(run.history["gap"]).T])
             data |= dict(zip((f"step/error {power:g}", f"gap/error {power:g}"), _at(np.asarray(run.history["gap"])), strict=True))
-            progress.update(7 + i, f"errors of power {power:g}")
+            progress.update(3 + len(lengths) + i, f"errors of power {power:g}")
         for i, name in enumerate(inner):
             kind, size, count = INNER[name]
             run = tl.iterate(problem, acvi.InexactProjectedACVI(1.0, inner=kind(size), inner_steps=count), steps=steps)
             series[name] = np.asarray(run.history["gap"])
-            progress.update(7 + len(powers) + i, name)
+            progress.update(3 + len(lengths) + len(powers) + i, name)
         for name, values in series.items():
             high = 10_000 if name in ("last", "move", "average") else steps
             data[f"slope/{name}"] = np.array(_slope(values, 30 if high == 10_000 else 100, high))
@@ -133,14 +134,16 @@ class TightRate:
         return picture
 
     @staticmethod
-    def expect(check, data, steps, seeds, powers, inner):
+    def expect(check, data, steps, seeds, powers, inner, lengths):
         check.below("largest coordinate of an iterate: none leaves the box", data["outside"], 1)
         for name, slope, tolerance in (("last", -0.503, 1e-3), ("move", -0.501, 1e-3), ("average", -0.91, 6e-3)):
             check.equal(f"{name}: slope over [30, 10000]", data[f"slope/{name}"], slope, tolerance)
         check.equal("gap times the root of the step at 10, 100, 1000, 10000", data["scaled"], np.array([3.63, 3.36, 3.57, 3.45]), 5e-3)
-        check.equal("one rotation of speed 1/sqrt(K): last move times sqrt(K)", data["worst"], np.array([0.6209, 0.6080, 0.6067, 0.6065]), 5e-5)
-        check.equal("anchored: residual times k + 1 over the distance of the start", data["constant"], 0.833, 1e-3)
+        if lengths:
+            check.equal("one rotation of speed 1/sqrt(K): last move times sqrt(K)", data["worst"], np.array([ALONE[k] for k in lengths]), 5e-5)
+        check.below("anchored: residual times k + 1 over the distance of the start", data["constant"], 1)
         if steps >= 20_000:
+            check.equal("anchored: that constant", data["constant"], 0.833, 1e-3)
             check.equal("anchored: slope of the residual over [100, 20000]", data["slope/anchored move"], -0.97, 5e-3)
             check.below("anchored: gap in the end over that of the last iterate of P-ACVI", data["gap/anchored"][-1] / data["gap/last"][-1], 0.04)
         for power in powers:
@@ -178,7 +181,7 @@ def _solvers(game: acvi.MatrixGame) -> dict[str, tuple[tl.Method, int]]:
 
 
 @figure("acvi/work-precision", source="Gaussian matrix games; not in the papers",
-        quick={"sizes": (50,), "seeds": 3, "budget": 4000, "methods": ("HalpernACVI", "PDHG halpern", "EG")},
+        quick={"sizes": (50,), "seeds": 3, "budget": 4000, "methods": ("HalpernACVI", "PDHG halpern")},
         paper={"sizes": (50, 200), "seeds": 6, "budget": 16_000, "methods": tuple(METHODS)},
         caption=r"Least gap so far by evaluations of $F$ (a product with $A$ and one with $A^\top$) on N by N Gaussian games, with solutions on the "
                 "boundary, from uniform strategies. Median and range of 6 games of fresh seeds. The one scalar of each restarted method "
@@ -237,7 +240,8 @@ class WorkPrecision:
             check.between(f"{size}: evaluations of restarted ACVI over anchored restarted PDHG, geometric mean", ratio, 1.2, 2.5)
             if "PDHG average" in methods:
                 check.between(f"{size}: the same over averaged restarted PDHG", work["HalpernACVI"] / work["PDHG average"], 0.7, 1.4)
-            check.true(f"{size}: EG is not at 1e-6 within the budget on most games", np.median(data[f"{size}/EG"][:, -1]) > LEVEL)
+            if "EG" in methods:
+                check.true(f"{size}: EG is not at 1e-6 within the budget on most games", np.median(data[f"{size}/EG"][:, -1]) > LEVEL)
 
 
 def _steps(gaps: np.ndarray) -> np.ndarray:

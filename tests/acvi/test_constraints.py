@@ -229,6 +229,7 @@ def polyhedron_values(A, b, s, v):
     return K.support(s), K.project(v), K.interior_point()
 
 
+@pytest.mark.slow
 def test_random_polyhedra_agree_with_linear_programs_and_dual_ascent(rng):
     solid = 0
     for _ in range(20):

@@ -101,6 +101,7 @@ def test_the_value_of_the_ball_game_is_that_of_its_cone_program():
     assert c @ x1 + x2 @ (B.T @ x1 - e) == pytest.approx(program.fun, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_the_sparse_game_is_the_game_of_its_matrix(rng):
     problem = games.sparse_game(rows=30, columns=20, per_row=4, key=3)
     values, columns = (np.asarray(a) for a in problem.args)

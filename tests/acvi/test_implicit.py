@@ -36,6 +36,7 @@ def wall(q, mu):
     return smoothed_equilibrium(acvi.AffineVariationalInequality(jnp.eye(2), -q, acvi.Nonnegative()), mu)
 
 
+@pytest.mark.slow
 def test_one_wall_has_the_derivatives_of_its_quadratic_equation():
     q, mu = jnp.array([1.0, -2.0]), 0.3
     x = (q + np.sqrt(q**2 + 4 * mu)) / 2
@@ -61,6 +62,7 @@ def test_the_value_with_its_barriers_has_the_derivative_of_the_envelope():
     np.testing.assert_allclose(total, np.outer(x1, x2), atol=4e-12)
 
 
+@pytest.mark.slow
 def test_forward_mode_batches_and_the_problem_as_argument_agree():
     slope = JACOBIAN(A, 0.1)[0]
     np.testing.assert_allclose(jax.jacfwd(point)(A, 0.1), slope, atol=1e-13)
@@ -86,6 +88,7 @@ def cut(C, d, q):
     return smoothed_equilibrium(acvi.AffineVariationalInequality(M, q, acvi.Nonnegative(), (C, d)), 0.05)
 
 
+@pytest.mark.slow
 def test_equations_are_differentiated_in_both_sides():
     d, q = jnp.ones(2), jnp.zeros(4)
     for i, at in enumerate((jnp.asarray(C), d)):
@@ -94,6 +97,7 @@ def test_equations_are_differentiated_in_both_sides():
         np.testing.assert_allclose(slope, found, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_redundant_equations_change_no_derivative():
     with pytest.warns(UserWarning, match="redundant"):
         doubled = acvi.DenseEquality(np.vstack([C, C[0] + C[1]]), np.array([1.0, 1.0, 2.0]))

@@ -136,6 +136,7 @@ def test_inner_descent_shrinks_the_equality_residual_and_contracts_as_stated():
         np.testing.assert_allclose(residual(off - eta * root.operator(off)), (1 - eta) * residual(off), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_leaving_the_domain_fails_or_is_stepped_back():
     base = acvi.InexactACVI(0.5, 1e-2, inner_steps=12, barrier_steps=10, barrier_step_size=1.9)
     assert jnp.isnan(path(GAME, base.replace(leave="fail"), GAME.start(0), 1500).y[-1]).all()
@@ -166,6 +167,7 @@ def test_accuracy_bounds_the_error_of_every_x_step():
     assert (rounds == rounds.round()).all() and rounds.max() > 1
 
 
+@pytest.mark.slow
 def test_the_certificate_of_inexact_steps_bounds_the_gap_and_ends_stages_early():
     slow = acvi.InexactACVI(1.0, acvi.MuSchedule(1e-1, 0.5, stages=12, inner_steps=200), inner=acvi.Extragradient(0.2), inner_steps=5,
                             barrier_steps=5, barrier_step_size=0.3)

@@ -54,6 +54,7 @@ def test_a_quadratic_program_with_equalities():
     np.testing.assert_allclose(last(problem, jnp.ones(6), 30), exact, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_polyhedron_after_lifting():
     rng = np.random.default_rng(1)
     S, q, rows = rng.standard_normal((3, 3)), 3 * rng.standard_normal(3), rng.standard_normal((8, 3))

@@ -91,6 +91,7 @@ def test_the_error_is_relative_to_a_known_solution():
     assert float(METRICS(acvi.games.bilinear_quadrant(), jnp.array([3.0, 4.0]))["error"]) == 5.0
 
 
+@pytest.mark.slow
 def test_a_lifted_polyhedron_has_the_same_solution():
     A, b = np.array([[1.0, 1], [-1, 2]]), np.array([1.0, 1.5])
     flat = acvi.AffineVariationalInequality(np.array([[1.0, 1], [-1, 1]]), np.array([-3.0, -2]), acvi.Polyhedron(A, b))

@@ -99,6 +99,7 @@ def test_a_schedule_of_mu_restarts_at_every_stage_and_ends_on_the_central_path()
         assert float(SMALL.metrics(z)["gap"]) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_of_games_freezes_each_at_its_own_end():
     games = np.random.default_rng(3).standard_normal((4, 5, 7))
     method, stop = acvi.HalpernACVI(), tl.Below("gap", 1e-8)

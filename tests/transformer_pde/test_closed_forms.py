@@ -97,6 +97,7 @@ def test_linear_attention_at_zero_mean_is_softmax():
     assert np.isnan(traced(jnp.ones(3))).all() and np.isfinite(traced(jnp.zeros(3))).all()
 
 
+@pytest.mark.slow
 def test_the_flow_map_carries_tokens():
     head = tp.Softmax(K, K, -0.8, 0.7)
     times = np.array([0.0, 0.3, 0.9])
@@ -109,6 +110,7 @@ def test_the_flow_map_carries_tokens():
     np.testing.assert_allclose(general, closed[1:], rtol=1e-8, atol=1e-9)                     # also off the range of the singular state
 
 
+@pytest.mark.slow
 def test_the_flow_map_of_a_general_flow_moves_the_covariance():
     flow = tp.GaussianFlow(tp.L2(Q, K, V), feed_forward=(0.3 * Q, None), normalize=True)
     carried = flow_map(flow, FULL, [0.4])[0]

@@ -59,6 +59,7 @@ def test_twice_the_nodes_change_nothing(size):
     np.testing.assert_allclose(few.mean, many.mean, rtol=0, atol=1e-13 * float(jnp.abs(many.mean).max()))
 
 
+@pytest.mark.slow
 def test_the_measured_error_of_the_closure_is_half_a_percent():
     """Published numbers: 1.2499 against 1.2561 of the tokens for the first entry of the covariance at depth one."""
     from scipy.integrate import solve_ivp

@@ -59,6 +59,7 @@ def test_no_array_of_all_pairs_is_formed():
     assert program.memory_analysis().temp_size_in_bytes < 40 * n * 2 * 8 < n * n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["softmax", "l2"])
 def test_the_attention_rank_is_that_of_the_dense_matrix(kind):
     head = {"softmax": tp.Softmax, "l2": tp.L2}[kind](HEAD.Q, HEAD.K, HEAD.V, scale=2.0)
@@ -89,6 +90,7 @@ def test_the_rescaling_removes_the_linear_flow():
     np.testing.assert_allclose(rescaled(scalar, tp.Cloud(np.exp(0.5) * POINTS), 1.0).points, POINTS, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_clusters_are_counted_along_a_run():
     head = tp.Softmax(jnp.eye(2), jnp.eye(2), -1.0)
     sol = tl.integrate(tp.Particles(head, 32), POINTS, [0.0, 1.0, 2.0], record=lambda t, y: {"clusters": cluster_count(y, 0.1, tile=32)})

@@ -25,6 +25,7 @@ def test_golden_values_of_two_heads_at_depth_one():
     np.testing.assert_allclose(sol.value.mean[-1], [0.44935679197937, -0.13779643063301], atol=2e-13)
 
 
+@pytest.mark.slow
 def test_heads_of_different_kinds_add_up_on_gaussians_and_on_tokens(rng):
     heads = [HEAD, tp.L2(Q, K, 0.3), tp.Sinkhorn(Q, K, V, temperature=2.0), tp.FeedForward(V, [0.1, 0.2])]
     both, points = tp.MultiHead(heads), jnp.asarray(rng.normal(size=(5, 2)))

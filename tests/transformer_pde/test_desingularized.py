@@ -20,6 +20,7 @@ START = tp.Gaussian(np.zeros(2), np.array([[0.8, 0.25], [0.25, 0.5]]))
 KINDS = {"softmax": tp.Softmax, "l2": tp.L2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_desingularized_clock_traces_the_same_covariances(kind):
     flow = tp.Desingularized(KINDS[kind](Q, K, V))

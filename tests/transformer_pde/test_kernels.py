@@ -63,6 +63,7 @@ def test_tokens_of_weight_zero_do_not_count():
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_derivatives_are_those_of_the_dense_softmax(causal):
     def exact(keys, bias):
@@ -159,6 +160,7 @@ def test_sinkhorn_in_single_precision_stops_at_its_round_off():
     assert g.dtype == jnp.float32 and float(error) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_derivative_of_sinkhorn_is_that_of_its_solution():
     lw, direction = jnp.full(M, -jnp.log(M)), jnp.asarray(RNG.normal(size=(M, 2)))
 

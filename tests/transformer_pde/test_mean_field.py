@@ -42,6 +42,7 @@ def test_the_distance_to_a_translate_is_the_translation():
     assert wasserstein(cloud, tp.Cloud(cloud.points + np.array([3.0, 4.0]))) == pytest.approx(5.0)
 
 
+@pytest.mark.slow
 def test_the_error_falls_like_the_root_of_the_number_of_tokens():
     found = mean_field_error(HEAD, STATE, 1.0, [50, 200, 800], 24, key=0)
     for error in found[1:]:
@@ -49,6 +50,7 @@ def test_the_error_falls_like_the_root_of_the_number_of_tokens():
         assert tl.fit_rate(found.counts, error).slope == pytest.approx(-0.5, abs=0.15)          # the bound that the statement is tested with
 
 
+@pytest.mark.slow
 def test_the_coupling_bounds_the_exact_distance():
     """The same key gives the same tokens, so the two clouds can be built again."""
     sol = tl.integrate(tp.Particles(HEAD), STATE.sample(100, key=0), [0.0, 1.0])
@@ -66,6 +68,7 @@ def test_logits_too_large_for_the_rate_are_warned_of():
         mean_field_error(tp.Softmax(Q, K, -V, scale=8.0), STATE, 0.1, [10], 2, key=0)
 
 
+@pytest.mark.slow
 def test_the_error_bar_is_the_spread_of_the_velocity():
     where = jnp.array([[0.0, 0.0], [1.0, -0.5]])
     exact = tp.velocity(HEAD, STATE)

@@ -119,6 +119,7 @@ def test_no_blow_up_has_no_gradient_and_no_nan():
     assert float(slope) == 0.0
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_blow_up_time_without_closed_form():
     head = lambda s: FLOW(tp.Softmax(EYE + s * Q, EYE, SPREAD))
     value, slope = jax.jvp(lambda s: tp.blow_up_time(head(s), START), (0.3,), (1.0,))
@@ -143,6 +144,7 @@ def desingularized(A: np.ndarray, V: np.ndarray, L: np.ndarray, ends: np.ndarray
     return R @ np.swapaxes(R, 1, 2), y[-2], y[-1]
 
 
+@pytest.mark.slow
 def test_slow_freezing_and_lasting_growth_are_told_apart_in_a_batch_of_heads():
     # heads of the ensemble of the claim on profiles: two freeze like t^-1/2, two grow exponentially
     base = heads(500, seed=8)
@@ -175,6 +177,7 @@ def test_vmap_over_heads_gives_a_regime_for_each():
     assert [tp.Regime(int(r)).name for r in found.regime] == ["BLOWUP", "ZERO", "FROZEN"] and found.rank.tolist() == [1, 0, 1]
 
 
+@pytest.mark.slow
 def test_feed_forward_layers_have_equilibria_and_blow_up_times():
     W = np.array([[0.4, 0.3], [-0.5, 0.6]])
     resting = FLOW(tp.Softmax.bilinear(Q + EYE, -0.7), (W, None))

@@ -61,6 +61,7 @@ def test_quadrature_tokens_follow_the_moment_equations_each_with_its_coordinates
     assert np.sqrt(np.asarray(cloud.weights[0]) @ (missed**2).sum(1)) < 1e-7
 
 
+@pytest.mark.slow
 def test_a_finite_cloud_outlives_the_blow_up_of_its_gaussian():
     head = tp.Softmax(jnp.eye(2), jnp.eye(2), 1.0)
     assert float(tp.blow_up_time(tp.GaussianFlow(head), tp.Gaussian.standard(2))) == pytest.approx(0.5)
@@ -97,6 +98,7 @@ BOUNDED = {"masked sigmoid": (tp.Masked(tp.Sigmoid(Q, K, V)), SIZE), "sinkhorn":
            "heads": (tp.MultiHead([tp.Softmax(Q, K, V), tp.L2(K, Q, V)]), 2 * SIZE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOUNDED)
 def test_no_support_grows_faster_than_its_bound(kind):
     """Radii grow at most like exp(size of V times t), summed over heads, over the temperature for Sinkhorn (companion derivation)."""

@@ -59,6 +59,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_four_devices_give_the_numbers_of_one():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu",

@@ -19,6 +19,7 @@ FLAT = tp.Gaussian.from_factor(np.ones(3), np.array([[1.0, 0.2], [0.3, 0.8], [0.
 TURNED = tp.Gaussian.from_factor(np.zeros(3), np.array([[0.0, 0.1], [0.9, -0.4], [0.5, 1.0]]))
 
 
+@pytest.mark.slow
 def test_the_flow_follows_the_geodesic_to_the_target():
     plan = steer(START, TARGET, 2.0)
     sol = tl.integrate(tp.GaussianFlow(plan), START, jnp.array([0.0, 0.5, 2.0]), rtol=1e-12, atol=1e-13)
