@@ -132,8 +132,9 @@ class Softmax(_Kernel):
         NonFiniteInputError: an entry is NaN or infinite.
 
     Example:
-        >>> head = Softmax(jnp.eye(2), jnp.eye(2), 1.0)
-        >>> velocity(head, Gaussian.standard(2)).matrix.tolist()
+        >>> from theorylab import transformer_pde as tp
+        >>> head = tp.Softmax(jnp.eye(2), jnp.eye(2), 1.0)
+        >>> tp.velocity(head, tp.Gaussian.standard(2)).matrix.tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
 
@@ -180,8 +181,9 @@ class L2(_Kernel):
     $B = 2 V (I + 2\Sigma P)^{-1}\Sigma A$ (paper, L2 attention on Gaussians). Arguments and errors are those of `Softmax`.
 
     Example:
-        >>> head = L2(jnp.eye(2), jnp.eye(2), 1.0, scale=0.5)
-        >>> velocity(head, Gaussian.standard(2)).matrix.tolist()
+        >>> from theorylab import transformer_pde as tp
+        >>> head = tp.L2(jnp.eye(2), jnp.eye(2), 1.0, scale=0.5)
+        >>> tp.velocity(head, tp.Gaussian.standard(2)).matrix.tolist()
         [[0.5, 0.0], [0.0, 0.5]]
     """
 
@@ -226,8 +228,9 @@ class Linear(Head):
     on the covariance. At zero mean the velocity is that of softmax. Arguments and errors are those of `Softmax`.
 
     Example:
-        >>> head = Linear(jnp.eye(2), jnp.eye(2), 1.0)
-        >>> velocity(head, Gaussian(jnp.array([1.0, 0.0]), jnp.eye(2))).matrix.tolist()
+        >>> from theorylab import transformer_pde as tp
+        >>> head = tp.Linear(jnp.eye(2), jnp.eye(2), 1.0)
+        >>> tp.velocity(head, tp.Gaussian(jnp.array([1.0, 0.0]), jnp.eye(2))).matrix.tolist()
         [[2.0, 0.0], [0.0, 1.0]]
     """
 

@@ -108,7 +108,8 @@ def velocity(attention: Attention, state: Gaussian) -> Velocity:
         ArgumentError: the variant does not keep Gaussians Gaussian; `moment_closure` is the approximation for those.
 
     Example:
-        >>> velocity(Softmax(jnp.eye(2), jnp.eye(2), 2.0), Gaussian(jnp.ones(2), jnp.eye(2))).mean.tolist()
+        >>> from theorylab import transformer_pde as tp
+        >>> tp.velocity(tp.Softmax(jnp.eye(2), jnp.eye(2), 2.0), tp.Gaussian(jnp.ones(2), jnp.eye(2))).mean.tolist()
         [4.0, 4.0]
     """
     check_state(attention, state, Gaussian)

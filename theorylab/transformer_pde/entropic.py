@@ -38,8 +38,9 @@ class Sinkhorn(Head):
         ArgumentError: `temperature` is not positive.
 
     Example:
-        >>> head = Sinkhorn(jnp.eye(1), jnp.eye(1), 1.0, temperature=2.0)
-        >>> round(velocity(head, Gaussian.standard(1)).matrix.item(), 12)                 # F = 2 / (1 + sqrt 2), over 4
+        >>> from theorylab import transformer_pde as tp
+        >>> head = tp.Sinkhorn(jnp.eye(1), jnp.eye(1), 1.0, temperature=2.0)
+        >>> round(tp.velocity(head, tp.Gaussian.standard(1)).matrix.item(), 12)                 # F = 2 / (1 + sqrt 2), over 4
         0.207106781187
     """
 
