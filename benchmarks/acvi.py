@@ -9,7 +9,8 @@ unless every game got there within the limit. Seconds are wall time of a whole c
 it. A linear program stops at its own tolerance: its seconds stand in every column that its gap satisfies.
 
 Batches: games of one size; ours in one compiled call, the linear programs one after another (a sample, scaled).
-Sparse: a game with ten payments a row, its matrix never formed; the smallest gap after so many seconds.
+Sparse: a game with ten payments a row, its matrix never formed; the smallest gap after so many seconds. Of so many rows some have no positive
+payment, of the columns some no negative one: the value is 0 and there are pure equilibria, which a presolver may find.
 x-step: one product with the precomputed resolvent, per step of ACVI, beside a bare product with such a matrix.
 HBG: the bilinear game of the papers with its published settings; every projection and prox exact. Published seconds are those stored with the
 notebooks, whose clock measures a generic solver for projections and proxes.
@@ -74,7 +75,7 @@ FIRST_ORDER: tuple[tuple[str, Callable[[Any, float, float], Any], tuple[float, .
 )
 
 
-def to_gap(A: Array, method: Any, level: float, steps: int, seconds: float, every: int = LOOK, keep: str = "all") -> Any:
+def to_gap(A: Array, method: Any, level: float, steps: int, seconds: float, every: int = LOOK, keep: Any = "all") -> Any:
     """A run until the gap is below the level."""
     return tl.iterate(acvi.MatrixGame(A), method, steps=steps, every=every, stop=tl.Below("gap", level), seconds=seconds, keep=keep, throw=False)
 
@@ -260,8 +261,8 @@ def xstep(sizes: Sequence[int], flops: float, rounds: int) -> Rows:
 
     table, product, several = [], jax.jit(bare), jax.jit(steps)
     for n in sizes:
-        game, count, row = acvi.bilinear_simplex(dim=n // 2), int(flops / (2 * n * n)), {"n": n}
-        size = 8e-9 * n * n
+        game, count, size = acvi.bilinear_simplex(dim=n // 2), int(flops / (2 * n * n)), 8e-9 * n * n
+        row: dict[str, Any] = {"n": n}
         for linear in ("dense", "blocks"):
             method = acvi.ACVI(0.5, 1e-6, linear=linear)
             row[f"{linear} setup (ms)"] = 1e3 * timed(lambda game=game, m=method: m.prepare(game).solver, rounds + 1)

@@ -83,5 +83,5 @@ with paper_style():
 # than restarted ACVI, about half on average over such games, and is what `solve` takes for a matrix game. ACVI is for what the primal-dual method
 # cannot do: operators that are no matrix game, and constraints that are no simplex.
 #
-# Right: the same runs against the clock, where projections onto simplices and factorizations count too. The interior point takes fifteen steps,
-# each of which costs $O(N^3)$; at this size it is hard to beat. The star is HiGHS.
+# Right: the same runs against the clock, where projections onto simplices and factorizations count too, so that the order may be another one. The
+# interior point takes fifteen steps, each of which costs $O(N^3)$, and ends at round-off. The star is HiGHS.

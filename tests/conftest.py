@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before JAX starts: workers run side by side, so each keeps to one thread, and pictures need no screen.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -58,6 +59,15 @@ def _global_state_is_left_alone():
     plots = sys.modules.get("matplotlib.pyplot")
     if plots is not None:
         plots.close("all")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_few():
+    """Drop compiled programs between files when there are many: Linux gives a process 65530 memory maps, and every program takes some."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

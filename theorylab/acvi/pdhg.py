@@ -11,7 +11,7 @@ from theorylab.acvi.baselines import starting_point
 from theorylab.acvi.problem import MatrixGame
 from theorylab.acvi.projections import simplex
 from theorylab.acvi.prox import like
-from theorylab.acvi.resolvent import operator_norm
+from theorylab.acvi.resolvent import step_norm
 from theorylab.core import tree
 from theorylab.core.module import choice, number
 from theorylab.core.problem import Method
@@ -88,7 +88,7 @@ class PrimalDualHybridGradient(Method):
     def prepare(self, problem: Any) -> Self:
         if not isinstance(problem, MatrixGame):
             raise ArgumentError(f"PrimalDualHybridGradient needs a MatrixGame, got {type(problem).__name__}; Extragradient takes every problem")
-        return self.replace(norm=operator_norm(problem))
+        return self.replace(norm=step_norm(problem))
 
     def init(self, problem: Any, x0: Array, *, key: Array) -> PairState:
         x, z = problem.split(starting_point(problem, x0))

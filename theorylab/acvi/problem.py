@@ -133,10 +133,13 @@ class Inequality(Problem):
         return row
 
     def goal(self, tolerance: float) -> Any:
-        """Stop when the gap of the repaired point, a proved bound, is below `tolerance`; where there is none, when `residual` is."""
+        """Stop when the gap of the repaired point, a proved bound, is below `tolerance` and the point itself is that close to feasible.
+
+        Where there is no such bound, when `residual` is below `tolerance`.
+        """
         from theorylab.core.stop import Below
 
-        return Below("gap" if self.certified else "residual", tolerance)
+        return Below("gap", tolerance) & Below("infeasibility", tolerance) if self.certified else Below("residual", tolerance)
 
     def default_method(self) -> Any:
         """The restarted, anchored form of ACVI; for a matrix game, of the primal-dual hybrid gradient."""

@@ -323,8 +323,17 @@ def operator_norm(problem: Any) -> Array:
 
     def power(_: int, z: Array) -> Array:
         image = null(adjoint(null(product(z)))[0])
-        return image / jnp.linalg.norm(image)
+        size = jnp.linalg.norm(image)
+        return image / jnp.where(size > 0, size, 1.0)                              # F may be constant along C x = d
 
     z = null(jax.random.normal(jax.random.key(0), point.shape, point.dtype))
     z = lax.fori_loop(0, POWER_STEPS, power, z / jnp.linalg.norm(z))
     return jnp.linalg.norm(null(product(z)))
+
+
+def step_norm(problem: Any) -> Array:
+    """`operator_norm`, or the size of F where that is nothing but round-off: F is then constant along C x = d, and any finite step will do."""
+    norm = operator_norm(problem)
+    size = jnp.linalg.norm(problem.operator(jnp.asarray(problem.equality.point, problem.dtype)))
+    size = jnp.where(size > 0, size, 1.0)
+    return jnp.where(norm > 100 * jnp.finfo(norm.dtype).eps * size, norm, size).astype(norm.dtype)

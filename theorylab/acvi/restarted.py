@@ -11,7 +11,7 @@ from jax import lax
 from theorylab.acvi.barriers import Barrier, LogBarrier
 from theorylab.acvi.baselines import starting_point
 from theorylab.acvi.prox import like
-from theorylab.acvi.resolvent import KINDS, choose, operator_norm
+from theorylab.acvi.resolvent import KINDS, choose, step_norm
 from theorylab.core import tree
 from theorylab.core.module import choice, number
 from theorylab.core.problem import Method
@@ -96,7 +96,7 @@ class HalpernACVI(Method):
         kind = choose(problem, self.linear)
         penalty = self.penalty
         if penalty is None:
-            penalty = INITIAL_PENALTY * operator_norm(problem) if problem.is_affine else jnp.asarray(1.0)
+            penalty = INITIAL_PENALTY * step_norm(problem) if problem.is_affine else jnp.asarray(1.0)
         return self.replace(penalty=penalty, solver=kind.make(problem, penalty))
 
     def init(self, problem: Any, x0: Array, *, key: Array) -> HalpernState:
