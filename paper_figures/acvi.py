@@ -181,7 +181,7 @@ def _rotation_methods() -> dict[str, dict[str, tl.Method]]:
 
 
 @figure("acvi/central-path", source=f"{SECOND}, central path on a square",
-        quick={"methods": ("P-ACVI", "EG"), "steps": 5000}, paper={"methods": tuple(SHOWN), "steps": 5000},
+        quick={"methods": ("P-ACVI",), "steps": 5000}, paper={"methods": tuple(SHOWN), "steps": 5000},
         caption=r"The game $x_1x_2$ on $[-0.4, 2.4]^2$, start (2, 2), solution at the star, arrows along $-F$. The central path (grey) runs "
                 r"from the center of the square to the solution. (a) ACVI and (b) I-ACVI (10 inner gradient steps of 0.2 in $x$), with $\beta = 0.5$ "
                 r"and 18 stages of 10 steps: a dot ends each stage, $\mu = 1, 1/2, 1/4, \dots$ (c) Distance to the solution by step: P-ACVI and "
@@ -201,8 +201,8 @@ class CentralPath:
         inexact = acvi.InexactACVI(0.5, schedule, inner=acvi.GradientDescentAscent(0.2), inner_steps=10)
         for name, method in {"ACVI": acvi.ACVI(0.5, schedule), "I-ACVI": inexact}.items():
             data[f"iterates/{name}"] = np.asarray(_path(problem, method, STAGES * INNER))
-        thorough = tl.iterate(problem, acvi.ACVI(0.5, acvi.MuSchedule(2.0, 0.5, stages=STAGES, inner_steps=50)), steps=50, keep="last")
-        data["thorough"] = np.asarray(thorough.value)
+        thorough = acvi.ACVI(0.5, acvi.MuSchedule(2.0, 0.5, stages=STAGES, inner_steps=50))
+        data["thorough"] = np.asarray(_path(problem, thorough, STAGES * INNER))[50]
         progress.start("methods", len(methods))
         for i, name in enumerate(methods):
             for setting, method in _rotation_methods()[name].items():

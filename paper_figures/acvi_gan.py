@@ -226,8 +226,8 @@ SHOWN = 8
         caption="A generator (16-64-64-64) and a discriminator (64-64-64-1) on 8 x 8 digits, with 20 random halfspaces for the weights of each and "
                 "exact projections. GDA and EG: projected Adam steps of 0.001 on batches of 50. PI-ACVI: the same inside a loop of 500 and then "
                 r"loops of 20 gradients, $\beta = 0.5$. (a) Frechet distance of pixels by gradients of all weights (EG gets half as many updates); "
-                "mean and standard error of 6 seeds. PI-ACVI is behind at 500, where its first feasible update comes, ahead at 4000 and level with "
-                "the others at 8000. One configuration, nothing tuned: no evidence of an advantage. (b) Digits, and samples of one seed.")
+                "mean and standard error of 6 seeds. PI-ACVI is behind at 500, where its first feasible update comes, and level with the others in "
+                "the end. One configuration, nothing tuned: no evidence of an advantage. (b) Digits, and samples of one seed.")
 class ConstrainedGanFigure:
     """Distance by gradients, and samples."""
 
@@ -239,11 +239,11 @@ class ConstrainedGanFigure:
             cost = int(METHODS[name].cost(problem)["gradients"])
             run = tl.iterate(problem, METHODS[name], starts(seeds), steps=gradients // cost, every=every // cost, runs=seeds, key=3)
             data |= {f"{what}/{name}": np.asarray(run.history[what]) for what in ("gradients", "distance", "violation")}
-            data[f"samples/{name}"] = np.asarray(jax.jit(lambda w, z: problem.draw(w, z))(run.value[0][:SIZE], problem.noise[:SHOWN]))
+            data[f"samples/{name}"] = np.asarray(jax.jit(ConstrainedGan.draw)(problem, run.value[0][:SIZE], problem.noise[:SHOWN]))
             progress.update(i + 1, name)
         walls, far = problem.walls[0], starts(1)[0, :SIZE]
         normals = np.asarray(walls.normals, float)
-        exact, found = acvi.hildreth(far.astype(float), normals, np.full(WALLS, ROOM)), jax.jit(lambda w: walls.project(w))(far)
+        exact, found = acvi.hildreth(far.astype(float), normals, np.full(WALLS, ROOM)), jax.jit(Walls.project)(walls, far)
         return data | {"images": np.asarray(problem.images)[:SHOWN], "beyond": (normals @ far).max() - ROOM,
                        "projection": np.linalg.norm(np.asarray(found) - np.asarray(exact))}
 

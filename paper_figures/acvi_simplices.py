@@ -124,7 +124,7 @@ class Rotation:
     def compute(progress, points, cap, methods, against_matrix):
         kinds = {name: kind for name, kind in _kinds(0.3).items() if name in methods}
         etas = np.linspace(0.01, 0.99, points)
-        counts = {name: [] for name in kinds}
+        counts: dict[str, Any] = {name: [] for name in kinds}
         progress.start("points", points)
         for i, eta in enumerate(etas):
             problem = _rotating(eta)
@@ -194,7 +194,7 @@ class TimeToAccuracy:
     @staticmethod
     def compute(progress, steps, timed, methods):
         kinds, problem, data = {name: kind for name, kind in _kinds(0.1).items() if name in methods}, _rotating(0.05), {}
-        lengths: dict[str, int] = {**dict.fromkeys(methods, steps), "ACVI": 50, "I-ACVI": 200}
+        lengths: dict[str, Any] = {**dict.fromkeys(methods, steps), "ACVI": 50, "I-ACVI": 200}
         progress.start("methods", len(kinds))
         for i, (name, kind) in enumerate(kinds.items()):
             history = _track(problem, kind.method, lengths[name]).history
