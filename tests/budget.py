@@ -16,12 +16,12 @@ import pytest
 FAMILIES = ("transformer_pde", "acvi", "stiefel", "hypergradient", "moe")
 SHARES = {
     "core and lab": 200.0,
-    **dict.fromkeys(FAMILIES, 120.0),
-    **{f"{family} claims": 45.0 for family in FAMILIES},
+    **dict.fromkeys(FAMILIES, 110.0),
+    **{f"{family} claims": 40.0 for family in FAMILIES},
     **{f"{family} figures": 45.0 for family in FAMILIES},
-    "examples": 100.0,
-    "interop": 30.0,
-    "other": 60.0,
+    "examples": 200.0,
+    "interop": 25.0,
+    "other": 40.0,
 }
 MARGIN = 1.5
 LONG_TEST = 5.0

@@ -111,6 +111,7 @@ def walls(at):
     return smoothed_equilibrium(acvi.AffineVariationalInequality(M, jnp.array([1.0, 1.0, 1.0, -1.0]), sets), 0.1)
 
 
+@pytest.mark.slow
 def test_walls_and_radii_are_differentiated():
     at = jnp.array([-1.0, 1.0, 1.5])
     np.testing.assert_allclose(jax.jacrev(walls)(at), central(walls, at), rtol=0, atol=1e-9)

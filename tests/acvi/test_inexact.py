@@ -55,6 +55,7 @@ def errors(problem, method, steps):
     return np.linalg.norm(x - problem.solution, axis=1) / np.linalg.norm(problem.solution)
 
 
+@pytest.mark.slow
 def test_the_papers_settings_take_the_counts_of_the_specification():
     problem = high_dimensional(quadratic_game, jnp.asarray(0.5), np.full(1000, 1 / 500))
 

@@ -23,6 +23,7 @@ def last(problem, x0, steps):
     return jax.lax.fori_loop(0, steps, lambda _, s: tl.core.tree.strong(METHOD.step(problem, s, key=key)), state).x
 
 
+@pytest.mark.slow
 def test_gaussian_games_take_the_steps_of_the_specification():
     for size, seed, steps, value in ((50, 0, 11, -0.03275650923633), (200, 1, 14, -0.00731697447648)):
         A = np.random.default_rng(seed).standard_normal((size, size))

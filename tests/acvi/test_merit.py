@@ -142,6 +142,7 @@ def test_quantal_responses_are_softmax_replies_with_a_small_gap():
         assert float(acvi.gap(GAME, x)) <= mu * np.log(35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["braess", "toy_gan", "cournot"])
 def test_the_central_path_ends_at_known_solutions(name):
     problem = {"braess": acvi.games.braess, "toy_gan": acvi.games.toy_gan, "cournot": lambda: acvi.games.cournot(caps=40.0)}[name]()

@@ -65,6 +65,7 @@ def test_l2_with_a_number_as_value(v, ratio, state):
     assert_follows(tp.L2(ratio * K, K, v, 0.7), state.replace(mean=MEAN), 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v, sign", [(1.3, 1), (-0.8, 1), (1.3, -1)])
 def test_sinkhorn_with_a_number_as_value(v, sign):
     head = tp.Sinkhorn(sign * K, K, v, 0.7, temperature=0.6)

@@ -120,6 +120,7 @@ def test_no_program_has_a_buffer_of_all_pairs(name):
     assert temporary(programs[name], (n, d)) < 60 * n * (d + 2) * 8 + 20 * tile**2 * 8 < n * n
 
 
+@pytest.mark.slow
 def test_sinkhorn_potentials_are_those_of_pot():
     keys = QUERIES @ np.array([[0.8, 0.3], [-0.2, 0.9]])
     w = RNG.dirichlet(np.ones(M))

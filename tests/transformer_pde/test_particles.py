@@ -48,6 +48,7 @@ def test_a_cloud_follows_scipy():
     np.testing.assert_allclose(sol.value.points[-1], there.y[:, -1].reshape(n, 2), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_quadrature_tokens_follow_the_moment_equations_each_with_its_coordinates_in_the_factor():
     start = tp.Gaussian(np.array([0.3, -0.2]), np.array([[0.8, 0.25], [0.25, 0.5]]))
     times = np.array([0.0, 0.6])

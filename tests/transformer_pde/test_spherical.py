@@ -39,6 +39,7 @@ def test_the_velocity_is_the_projected_one(normalized):
     np.testing.assert_allclose((np.asarray(found) * x).sum(1), 0.0, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalized", [True, False])
 def test_equal_angles_follow_the_scalar_equation(normalized):
     rho = 0.1
