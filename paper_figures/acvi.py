@@ -110,7 +110,8 @@ class PlanarTrajectories:
             if name == "right":
                 ax.plot(0.08, 0.4, marker="x", color="black", markersize=5, zorder=7)
             room = 0.04 * (right - left), 0.04 * (high - low)
-            ax.set(xlim=(left - room[0], right + room[0]), ylim=(low - room[1], high + room[1]), xlabel="$x_1$", ylabel="$x_2$")
+            ax.set(xlim=(left - room[0], right + room[0]), ylim=(low - room[1], high + room[1]), xlabel="$x_1$", ylabel="$x_2$",
+                   box_aspect=1)
         pictures.letters(axes.flat, [PANELS[name] for name in shown])
         pictures.legend(picture, axes.flat, ncols=5)
         return picture

@@ -16,12 +16,16 @@ import pytest
 FAMILIES = ("transformer_pde", "acvi", "stiefel", "hypergradient", "moe")
 SHARES = {
     "core and lab": 200.0,
-    **dict.fromkeys(FAMILIES, 110.0),
+    "transformer_pde": 160.0,
+    "acvi": 140.0,
+    "stiefel": 120.0,
+    "hypergradient": 70.0,
+    "moe": 70.0,
     **{f"{family} claims": 40.0 for family in FAMILIES},
     **{f"{family} figures": 45.0 for family in FAMILIES},
     "examples": 200.0,
-    "interop": 25.0,
-    "other": 40.0,
+    "interop": 20.0,
+    "other": 35.0,
 }
 MARGIN = 1.5
 LONG_TEST = 5.0
