@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from theorylab import acvi
-from theorylab.errors import ArgumentError, MatrixError, ShapeError
+from theorylab.errors import ArgumentError, MatrixError, NoClosedFormError, ShapeError
 
 N = 6
 C = np.random.default_rng(0).standard_normal((2, N))
@@ -110,3 +110,10 @@ def test_a_replaced_right_hand_side_is_solved_again():
 def test_bad_equalities_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_what_needs_the_matrix_of_the_equations_says_so():
+    free = acvi.MatrixFree(lambda x, a: x.sum(keepdims=True), lambda y, a: jnp.broadcast_to(y, (3,)), np.ones(1))
+    problem = acvi.AffineVariationalInequality(np.eye(3), None, acvi.Nonnegative(), free)
+    with pytest.raises(NoClosedFormError, match=r"MatrixFree has no matrix of its equations, which is needed here: pass equality=\(C, d\)"):
+        acvi.central_path(problem, [0.1])

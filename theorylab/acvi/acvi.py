@@ -82,11 +82,11 @@ class Splitting(Method):
 
     def _root(self, problem: Any, state: SplittingState, key: Array) -> Solved:
         """The x-step at $u = 2y - v$."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _root(problem, state, key)")
 
     def _inside(self, problem: Any, state: SplittingState, v: Array) -> Array:
         """The y-step at `v`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _inside(problem, state, v)")
 
 
 class ExactSplitting(Splitting):

@@ -14,7 +14,7 @@ import numpy as np
 from theorylab.acvi.prox import like
 from theorylab.core import checks, linear
 from theorylab.core.module import Module, choice
-from theorylab.errors import ArgumentError, MatrixError, ShapeError
+from theorylab.errors import ArgumentError, MatrixError, NoClosedFormError, ShapeError
 
 Array = jax.Array
 
@@ -33,20 +33,20 @@ class Equality(Module):
     @property
     def rows(self) -> int:
         """Number of equations p."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define rows")
 
     @property
     def point(self) -> Array:
         """The least-norm solution, shape `(n,)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define point")
 
     def null(self, u: Array) -> Array:
         """The projection of `u` onto the null space of C."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define null(u)")
 
     def residual(self, x: Array) -> Array:
         """The norm of C x - d."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define residual(x)")
 
     def project(self, x: Array) -> Array:
         """The nearest solution of C x = d."""
@@ -54,7 +54,7 @@ class Equality(Module):
 
     def normal_rows(self) -> tuple[Array, Array]:
         """Orthonormal rows Q of shape `(p, n)`, zero where C was redundant, and e with `Q x = e` equivalent to `C x = d`."""
-        raise NotImplementedError(f"{type(self).__name__} has no matrix")
+        raise NoClosedFormError(f"{type(self).__name__} has no matrix of its equations, which is needed here: pass equality=(C, d)")
 
     def bind(self, dim: int) -> Equality:
         """The equality ready for a problem of `dim` unknowns.

@@ -87,7 +87,7 @@ class Inequality(Problem):
 
     def operator(self, x: Array) -> Array:
         """F(x), shape `(n,)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define operator(x)")
 
     def project(self, x: Array) -> Array:
         """The nearest feasible point."""

@@ -186,7 +186,7 @@ def _taken(rows: Array, index: Array, inside: Array | None) -> tuple[Array, Arra
     return (rows, None) if inside is None else (jnp.where(inside[:, None], rows, jnp.zeros_like(rows)), jnp.sum(inside.astype(rows.dtype)))
 
 
-class Population(Operator):
+class Population(Dense):
     """A known matrix that is seen through samples: each batch holds fresh independent rows drawn from N(0, B).
 
     Example:
@@ -194,26 +194,11 @@ class Population(Operator):
         (5, 3)
     """
 
-    array: Array
     root: Array
 
     def __init__(self, array: Any):
         self.array = matrix_argument("B", array)
         self.root = _sqrtm(self.array)
-
-    @property
-    def dim(self) -> int:
-        return self.array.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.array.dtype
-
-    def image(self, xt: Array) -> Array:
-        return xt @ self.array
-
-    def matrix(self) -> Array:
-        return self.array
 
     def draw(self, key: Key, batch_size: int, step: Any, order: str, padded: bool) -> Operator:
         return Gram(jax.random.normal(step_key(stream(key, "population"), step), (batch_size, self.dim), self.dtype) @ self.root)
