@@ -15,6 +15,7 @@ from theorylab.core.psd import bures as bures
 from theorylab.core.rows import Rows as Rows
 from theorylab.core.schedule import (
     Constant as Constant,
+    Cosine as Cosine,
     Geometric as Geometric,
     Inverse as Inverse,
     InverseSqrt as InverseSqrt,

@@ -111,6 +111,9 @@ def test_a_fixed_gradient_step_on_the_log_barrier_keeps_positive_exactly_above_t
     (lambda: acvi.ExtendedLogBarrier(switch=0.1, level=1.0), "exactly one of switch"),
     (lambda: acvi.ExtendedLogBarrier(switch=-0.1), "switch must be above 0"),
     (lambda: acvi.EntropyBarrier().prox(acvi.Box(0.0, 1.0), V, MU, PENALTY), "defined for Nonnegative"),
+    (lambda: acvi.ACVI(1.0, 1e-3, barrier=1.0), "ACVI: barrier must be a LogBarrier, .* got float"),
+    (lambda: acvi.InexactACVI(1.0, barrier=acvi.MuSchedule(1.0, 0.5, 1, 1)), "InexactACVI: barrier must be .* got MuSchedule"),
+    (lambda: acvi.HalpernACVI(barrier="log"), "HalpernACVI: barrier must be .* got str"),
     (lambda: acvi.ExtendedLogBarrier(switch=0.1).gradient(acvi.Ball(0.0, 1.0), V, MU), "defined for Nonnegative"),
 ])
 def test_wrong_arguments_are_named(make, words):

@@ -312,3 +312,22 @@ class Startless(tl.Problem):
 def test_a_problem_without_a_start_asks_for_one():
     with pytest.raises(ArgumentError, match="Startless has no default starting point: pass x0"):
         tl.iterate(Startless(), Descent(0.5), steps=1)
+
+
+class Picky(Descent):
+    """Begins at positive points only, and measures with what its state holds."""
+
+    def check(self, problem: Any, x0: Any) -> None:
+        if not (np.asarray(x0) > 0).all():
+            raise ArgumentError(f"x0 must be positive, got {np.asarray(x0).min():g}")
+
+    def measure(self, problem: Any, state: jax.Array) -> dict[str, jax.Array]:
+        return {"seen": jnp.max(state)}
+
+
+def test_a_method_may_refuse_a_start_and_measure_from_its_state():
+    assert list(tl.iterate(PROBLEM, Picky(0.5), X0, steps=3).history.columns) == ["seen", "gradients"]
+    with pytest.raises(ArgumentError, match="x0 must be positive, got -1"):
+        tl.iterate(PROBLEM, Picky(0.5), -X0 + 1, steps=3)
+    with pytest.raises(ArgumentError, match="x0 must be positive, got -1"):
+        tl.iterate(PROBLEM, Picky(0.5), np.stack([X0, -X0 + 1]), steps=3, runs=2)

@@ -12,7 +12,7 @@ from theorylab.core import schedule
 from theorylab.errors import ArgumentError, ShapeError
 
 EVERY_KIND = [schedule.Constant(0.5), schedule.InverseSqrt(0.5), schedule.Inverse(0.5, 3.0), schedule.Geometric(0.5, 0.9, every=2, floor=0.1),
-              schedule.Staircase([0.5, 0.1], [3])]
+              schedule.Staircase([0.5, 0.1], [3]), schedule.Cosine(0.5, 7)]
 
 
 def values(rule, steps):
@@ -26,6 +26,7 @@ def test_values_are_those_of_the_formulas():
     np.testing.assert_allclose(values(schedule.Inverse(2.0, 5.0), steps), [2 * 5 / (5 + k) for k in steps], rtol=1e-15)
     np.testing.assert_allclose(values(schedule.Geometric(1.0, 0.1, every=2, floor=0.05), steps), [1, 1, 0.1, 0.1, 0.05, 0.05], rtol=1e-15)
     assert values(schedule.Staircase([3.0, 2.0, 1.0], [2, 4]), steps) == [3, 3, 2, 2, 1, 1]
+    np.testing.assert_allclose(values(schedule.Cosine(2.0, 4), steps), [1 + np.cos(np.pi * min(k, 4) / 4) for k in steps], atol=1e-15)
 
 
 def test_a_geometric_schedule_that_underflows_rests_on_its_floor():
@@ -50,6 +51,7 @@ def test_a_schedule_takes_the_precision_of_the_data_and_any_integer_step(rule):
     lambda v: schedule.Inverse(v, 10 * v),
     lambda v: schedule.Geometric(v, v, every=int(10 * v), floor=v / 100),
     lambda v: schedule.Staircase([v, v / 2], [int(10 * v)]),
+    lambda v: schedule.Cosine(v, int(100 * v)),
 ])
 def test_new_values_do_not_recompile(make):
     traces = []

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self, cast
 import jax
 import jax.numpy as jnp
 
-from theorylab.acvi.barriers import Barrier, LogBarrier
+from theorylab.acvi.barriers import Barrier, LogBarrier, check_barrier
 from theorylab.acvi.baselines import starting_point
 from theorylab.acvi.resolvent import KINDS, Solved, choose
 from theorylab.core.module import choice, number
@@ -135,6 +135,9 @@ class ACVI(ExactSplitting):
     linear: str = choice("auto", among=KINDS)
     output: str = choice("y", among=("x", "y"))
     solver: Any = None
+
+    def __check_init__(self) -> None:
+        check_barrier(self)
 
     def _mu(self, step: Array) -> Any:
         return at(self.mu, step)

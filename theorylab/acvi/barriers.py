@@ -81,6 +81,13 @@ class Barrier(Module):
         raise NotImplementedError(f"{type(self).__name__} must define value(constraints, y, mu)")
 
 
+def check_barrier(method: Any) -> None:
+    """Raise unless the `barrier` of a method is one."""
+    if not isinstance(method.barrier, Barrier):
+        raise ArgumentError(f"{type(method).__name__}: barrier must be a LogBarrier, ExtendedLogBarrier or EntropyBarrier, got "
+                            f"{type(method.barrier).__name__}")
+
+
 class LogBarrier(Barrier):
     r"""The logarithmic barrier $B_\mu(y) = -\mu\sum_i \log(-\varphi_i(y))$, for every set.
 

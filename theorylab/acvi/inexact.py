@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from theorylab.acvi.acvi import Splitting, SplittingState
-from theorylab.acvi.barriers import Barrier, LogBarrier, MuSchedule
+from theorylab.acvi.barriers import Barrier, LogBarrier, MuSchedule, check_barrier
 from theorylab.acvi.baselines import starting_point
 from theorylab.acvi.prox import like
 from theorylab.acvi.resolvent import Solved
@@ -184,6 +184,9 @@ class InexactACVI(Splitting):
     accuracy: Any = number(None, above=0.0)
     advance: Any = number(None, above=0.0)
     output: str = choice("y", among=("x", "y"))
+
+    def __check_init__(self) -> None:
+        check_barrier(self)
 
     def prepare(self, problem: Any) -> InexactACVI:
         mu = MuSchedule(1e-6, 0.8, stages=100, inner_steps=10) if self.mu is None else self.mu

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from theorylab.acvi.barriers import Barrier, LogBarrier
+from theorylab.acvi.barriers import Barrier, LogBarrier, check_barrier
 from theorylab.acvi.baselines import starting_point
 from theorylab.acvi.prox import like
 from theorylab.acvi.resolvent import KINDS, choose, step_norm
@@ -91,6 +91,9 @@ class HalpernACVI(Method):
     linear: str = choice("auto", among=KINDS)
     restart: bool = choice(True)
     solver: Any = None
+
+    def __check_init__(self) -> None:
+        check_barrier(self)
 
     def prepare(self, problem: Any) -> Self:
         kind = choose(problem, self.linear)

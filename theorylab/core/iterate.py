@@ -99,6 +99,9 @@ def iterate(
     if not traced:
         tree.check_finite("x0", x0)
     _check_lanes(x0, runs)
+    if not traced and x0 is not None:
+        for lane in range(runs or 1):
+            method.check(problem, x0 if runs is None else jax.tree.map(lambda a, i=lane: a[i], x0))
     if (traced or loop != "auto") and (data is not None or checkpoint is not None):
         name = "data" if data is not None else "checkpoint"
         raise ArgumentError(f"{name} needs the host loop: it cannot be used inside jit, vmap, grad or a sweep, nor with loop={loop!r}")

@@ -83,10 +83,9 @@ class Recorded(NamedTuple):
 
 def measure(problem: Any, method: Any, record: Callable | None, state: PyTree) -> dict[str, Array]:
     """One row: the problem's metrics, the method's metrics, and what the user records."""
-    x = method.value(problem, state)
-    parts = {"problem.metrics": problem.metrics(x), "method.metrics": method.metrics(problem, state)}
+    parts = {"problem.metrics": method.measure(problem, state), "method.metrics": method.metrics(problem, state)}
     if record is not None:
-        parts["record"] = record(problem, x)
+        parts["record"] = record(problem, method.value(problem, state))
     row: dict[str, Array] = {}
     for source, part in parts.items():
         for name, value in part.items():

@@ -64,6 +64,13 @@ class Method(Module, Generic[P, S]):
         """The iterate in `state`."""
         raise NotImplementedError(f"{type(self).__name__} must define value(problem, state)")
 
+    def check(self, problem: P, x0: Any) -> None:
+        """Raise if the run cannot begin at `x0`: called once by `iterate` outside compiled code, for each run, with a start that was given."""
+
+    def measure(self, problem: P, state: S) -> dict[str, Array]:
+        """The metrics of the problem at the iterate. A method whose state holds products that they need may override it to reuse them."""
+        return problem.metrics(self.value(problem, state))
+
     def metrics(self, problem: P, state: S) -> dict[str, Array]:
         """Internal quantities and cumulative counters (`gradients`, `operator_evaluations`, `products`, `factorizations`, `samples`)."""
         return {}

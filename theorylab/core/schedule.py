@@ -118,6 +118,22 @@ class Geometric(Schedule):
         return jnp.maximum(self.floor, self.start * self.factor ** _weak(step // self.every.astype(step.dtype)))
 
 
+class Cosine(Schedule):
+    r"""$\eta_k = \tfrac12 \eta_0 (1 + \cos(\pi k / K))$: from $\eta_0$ down to 0 at step $K$ = `steps`, and 0 from there on.
+
+    Example:
+        >>> [round(float(Cosine(1.0, 100)(k)), 3) for k in (0, 50, 100, 150)]
+        [1.0, 0.5, 0.0, 0.0]
+    """
+
+    start: Any = number()
+    steps: Any = count(low=1)
+
+    def __call__(self, step: Any) -> Array:
+        done = jnp.minimum(_weak(_step(step)) / _weak(self.steps), 1.0)
+        return self.start * (0.5 * (1.0 + jnp.cos(jnp.pi * done)))
+
+
 def _numbers(values: Any) -> tuple[Array, ...]:
     # One weakly typed scalar per value: an array of them would be strongly typed and refuse float32 data.
     return tuple(v if isinstance(v, jax.Array) else jnp.asarray(float(v)) for v in values)
