@@ -182,3 +182,20 @@ def test_constraints_that_meet_at_the_boundary_only_are_warned_about():
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_simplex_level_is_that_of_a_sorted_running_sum(rng):
+    for size, scale, total in ((1, 1.0, 1.0), (7, 1e8, 1e-3), (200, 1e-6, 1.0), (200, 1.0, 50.0), (200, 1e3, 1.0)):
+        v = scale * rng.standard_normal(size)
+        down, counts = -np.sort(-v), np.arange(1, size + 1)
+        sums = np.cumsum(down) - total
+        active = np.flatnonzero(down > sums / counts)[-1]
+        expected = np.maximum(v - sums[active] / counts[active], 0)
+        np.testing.assert_allclose(acvi.project_simplex(v, total), expected, atol=1e-14 * max(scale, total))
+
+
+def test_the_derivative_of_the_simplex_projection_centres_the_support():
+    v = jnp.array([1.0, 0.5, -1.0])
+    expected = np.array([[0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    for derivative in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(derivative(acvi.project_simplex)(v), expected, atol=1e-15)

@@ -64,7 +64,7 @@ def sparse_game(rows: int = 20_000, columns: int | None = None, per_row: int = 1
     shape = (checks.whole("rows", rows, low=2), checks.whole("per_row", per_row, low=1))
     values = jax.random.normal(stream(key, "values"), shape)
     places = jax.random.randint(stream(key, "columns"), shape, 0, checks.whole("columns", columns, low=2))
-    return VariationalInequality(_sparse, rows + columns, (values, places), Nonnegative(), BlockSimplex((rows, columns)))
+    return VariationalInequality(_sparse, rows + columns, (values, places), Nonnegative(), BlockSimplex((rows, columns)), structure="bilinear")
 
 
 def _random_strategies(dim: int, key: Key | int) -> Array:

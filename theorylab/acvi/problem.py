@@ -23,6 +23,7 @@ from theorylab.errors import ArgumentError, InfeasibleStartError, NoClosedFormEr
 
 Array = jax.Array
 MONOTONE_UNITS = 100
+STRUCTURES = ("affine", "bilinear", "blocks")
 
 
 class Inequality(Problem):
@@ -69,6 +70,11 @@ class Inequality(Problem):
     def is_affine(self) -> bool:
         """Whether the operator is F(x) = M x + q with known `matrix` M and `offset` q."""
         return False
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the operator is affine, with a matrix or without, so that it has one Lipschitz constant that products with it tell."""
+        return self.is_affine or getattr(self, "structure", None) is not None
 
     @property
     def matrix(self) -> Array:
@@ -175,7 +181,7 @@ class Inequality(Problem):
 
 
 class VariationalInequality(Inequality):
-    """A variational inequality with any continuous monotone operator.
+    r"""A variational inequality with any continuous monotone operator.
 
     Args:
         operator: `operator(x, args)`, shape `(n,)` to `(n,)`; a plain function, whose arrays are in `args`.
@@ -183,6 +189,8 @@ class VariationalInequality(Inequality):
         args: arrays handed to the operator.
         constraints: a constraint set, or None.
         equality: a pair `(C, d)`, an Equality object, or None.
+        structure: what is known of an operator without a matrix, so that ACVI takes the x-step for it: `"affine"`; `"bilinear"`,
+            $F(x) = (A x_2 + q_1, -A^\top x_1 + q_2)$ on two simplices; `"blocks"`, a matrix $B \otimes I$ with one number per pair of players.
         solution: a known solution, measured as `error`.
         x0: where runs start by default.
 
@@ -198,18 +206,20 @@ class VariationalInequality(Inequality):
 
     args: Any
     function: Callable = choice()
+    structure: str | None = choice(None)
 
     def __init__(self, operator: Callable, dim: int, args: Any = (), constraints: ConstraintSet | None = None, equality: Any = None, *,
-                 solution: Any = None, x0: Any = None):
+                 structure: str | None = None, solution: Any = None, x0: Any = None):
         if not callable(operator):
             raise ArgumentError(f"operator must be a function of (x, args), got {operator!r}")
         self.function = operator
+        self.structure = None if structure is None else checks.among("structure", structure, STRUCTURES)
         self.args = tree.check_finite("args", jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, args))
         self._attach(dim, constraints, equality, solution, x0)
         self._check_operator()
 
     def _arguments(self) -> dict[str, Any]:
-        return {"operator": self.function, "dim": self.dim, "args": self.args, **super()._arguments()}
+        return {"operator": self.function, "dim": self.dim, "args": self.args, "structure": self.structure, **super()._arguments()}
 
     @property
     def dtype(self) -> Any:

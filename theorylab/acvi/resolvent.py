@@ -289,7 +289,7 @@ def choose(problem: Any, linear: str) -> type[XStep]:
         elif problem.is_affine:
             linear = "dense" if problem.dim <= DENSE_SIZE and isinstance(problem.matrix, jax.Array) else "krylov"
         else:
-            linear = "newton"
+            linear = {"affine": "krylov", "bilinear": "cg", "blocks": "blocks"}.get(getattr(problem, "structure", None) or "", "newton")
     if linear == "svd" and not game:
         raise ArgumentError(f"linear='svd' needs a MatrixGame, got {type(problem).__name__}; use 'dense' or 'krylov' for affine operators")
     if linear == "cg" and len(getattr(problem.equality, "sizes", ())) != 2:
@@ -309,14 +309,14 @@ def operator_norm(problem: Any) -> Array:
     r"""The norm of $P_c M P_c$, the Lipschitz constant of an affine F along C x = d; by power iteration in large dimensions.
 
     Raises:
-        ArgumentError: F is not affine with a known matrix.
+        ArgumentError: F is not known to be affine.
     """
     if isinstance(problem, MatrixGame) and isinstance(problem.A, jax.Array) and min(problem.A.shape) <= NEWTON_SIZE:
         return jnp.linalg.norm(double_centered(problem.A), 2)
-    if not problem.is_affine:
+    if not problem.has_norm:
         raise ArgumentError(f"the norm of F is known for affine problems only, got {type(problem).__name__}; pass a number instead")
     null, point = problem.equality.null, jnp.asarray(problem.equality.point, problem.dtype)
-    if not isinstance(problem, MatrixGame) and problem.dim <= NEWTON_SIZE:
+    if problem.is_affine and not isinstance(problem, MatrixGame) and problem.dim <= NEWTON_SIZE:
         columns = jax.vmap(null, in_axes=1, out_axes=1)
         return jnp.linalg.norm(columns(columns(problem.matrix).T), 2)
     product, adjoint = jax.linearize(problem.operator, point)[1], jax.vjp(problem.operator, point)[1]

@@ -22,6 +22,8 @@ Array = jax.Array
 SUFFICIENT, NECESSARY, ARTIFICIAL, SHORTEST = 0.2, 0.8, 0.36, 50
 """Restart when the residual fell to the first fraction, or to the second and began to rise, or when the epoch is the third of all steps."""
 INITIAL_PENALTY = 10.0
+RELEASE, LOWEST = 0.1, 1e-8
+"""While no inequality presses (the multiplier stays 0) each restart takes this fraction of the penalty, down to this fraction of the first one."""
 
 
 class HalpernState(NamedTuple):
@@ -64,7 +66,7 @@ class HalpernACVI(Method):
     Without restarts and at a fixed penalty $|T v_k - v_k| \le |v_0 - v^*| / (k + 1)$.
 
     Args:
-        penalty: the first $\beta$; ten times the norm of F along C x = d unless given (1 where F has no matrix).
+        penalty: the first $\beta$; ten times the norm of F along C x = d unless given (1 where F is not affine).
         adapt: whether the penalty is tuned at restarts. On affine problems with a dense matrix each change costs a factorization (and within `runs`
             or `vmap` one per step); games, `"krylov"` and `"newton"` steps take every penalty.
         mu: weight of the barrier, a number or a schedule whose changes restart the epoch; None projects instead, the limit of mu to 0.
@@ -99,7 +101,7 @@ class HalpernACVI(Method):
         kind = choose(problem, self.linear)
         penalty = self.penalty
         if penalty is None:
-            penalty = INITIAL_PENALTY * step_norm(problem) if problem.is_affine else jnp.asarray(1.0)
+            penalty = INITIAL_PENALTY * step_norm(problem) if problem.has_norm else jnp.asarray(1.0)
         return self.replace(penalty=penalty, solver=kind.make(problem, penalty))
 
     def init(self, problem: Any, x0: Array, *, key: Array) -> HalpernState:
@@ -161,6 +163,7 @@ class HalpernACVI(Method):
     def _tuned(self, state: HalpernState, y: Array, multiplier: Array) -> Array:
         """The geometric mean of the penalty and of the ratio of what the multiplier and y have moved since the last restart."""
         moved, pressed = jnp.linalg.norm(y - state.y_anchor), jnp.linalg.norm(multiplier - state.multiplier_anchor)
-        both = (moved >= 1e-14) & (pressed >= 1e-14)
-        ratio = jnp.where(both, pressed, state.penalty) / jnp.where(both, moved, jnp.ones_like(moved))
-        return jnp.where(both, jnp.sqrt(ratio * state.penalty), state.penalty)
+        moves, presses = moved >= 1e-14, pressed >= 1e-14
+        ratio = jnp.where(presses, pressed, state.penalty) / jnp.where(moves, moved, jnp.ones_like(moved))
+        released = jnp.maximum(RELEASE * state.penalty, jnp.minimum(LOWEST * like(self.penalty, y), state.penalty))
+        return jnp.where(moves & presses, jnp.sqrt(ratio * state.penalty), jnp.where(moves, released, state.penalty))
