@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 
 import theorylab as tl
 from theorylab import acvi
-from theorylab.acvi.resolvent import ConjugateGradient, Spectral, choose
+from theorylab.acvi.resolvent import Blocks, ConjugateGradient, Krylov, Newton, choose
 from theorylab.errors import ArgumentError, UnknownNameError
 
 A = np.random.default_rng(0).standard_normal((50, 50))
@@ -136,12 +136,9 @@ def test_the_penalty_falls_while_no_inequality_presses():
 
 
 def test_the_step_for_an_operator_without_a_matrix_is_chosen_by_what_is_known_of_it():
-    game = acvi.sparse_game(rows=6, per_row=3, key=1)
-    dense = acvi.MatrixGame(np.asarray(jax.jacfwd(game.operator)(game.start(None)))[:6, 6:])
-    kinds = [choose(one, "auto") for one in (game, dense)]
-    assert kinds == [ConjugateGradient, Spectral]
-    u, beta = jnp.linspace(-1.0, 1.0, 12), jnp.asarray(2.0)
-    x, same = (kind.make(one, beta)(one, u, u, beta).x for kind, one in zip(kinds, (game, dense), strict=True))
-    np.testing.assert_allclose(x, same, atol=1e-9)
+    turn = partial(acvi.VariationalInequality, lambda x, _: x, 4, (), acvi.Nonnegative(), acvi.BlockSimplex((2, 2)))
+    kinds = {None: Newton, "affine": Krylov, "bilinear": ConjugateGradient, "blocks": Blocks}
+    assert {structure: choose(turn(structure=structure), "auto") for structure in kinds} == kinds
+    assert choose(acvi.sparse_game(rows=6, per_row=3), "auto") == ConjugateGradient
     with pytest.raises(UnknownNameError, match="structure .diagonal. is not known"):
         acvi.VariationalInequality(lambda x, _: x, 2, structure="diagonal")
