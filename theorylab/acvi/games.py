@@ -95,7 +95,7 @@ def bilinear_simplex(dim: int = 500, curvature: float = 0.05, *, key: Key | int 
     checks.real("curvature", curvature, low=0.0, high=1.0)
     eye = jnp.eye(n)
     M = jnp.block([[curvature * eye, (1 - curvature) * eye], [-(1 - curvature) * eye, curvature * eye]])
-    return AffineVariationalInequality(M, None, Nonnegative(), BlockSimplex((n, n)), solution=jnp.full(2 * n, 1.0 / n),
+    return AffineVariationalInequality(M, None, Nonnegative(), BlockSimplex((n, n)), structure="blocks", solution=jnp.full(2 * n, 1.0 / n),
                                        x0=_random_strategies(n, key) if x0 is None else x0)
 
 

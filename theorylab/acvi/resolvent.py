@@ -111,6 +111,8 @@ class Blocks(XStep):
     """
 
     matrix: Array
+    force: Array
+    """F at the point of the equality."""
 
     @classmethod
     def make(cls, problem: Any, penalty: Array) -> Self:
@@ -120,11 +122,11 @@ class Blocks(XStep):
         point = jnp.asarray(problem.equality.point, problem.dtype)
         base, players = problem.operator(point), len(sizes)
         columns = [(problem.operator(point.at[j * sizes[0]].add(1)) - base)[:: sizes[0]] for j in range(players)]
-        return cls(jnp.stack(columns, axis=1))
+        return cls(jnp.stack(columns, axis=1), base)
 
     def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
         point, B = like(problem.equality.point, u), like(self.matrix, u)
-        b = problem.equality.null(u - problem.operator(point) / penalty).reshape(B.shape[0], -1)
+        b = problem.equality.null(u - like(self.force, u) / penalty).reshape(B.shape[0], -1)
         return _solved(point + jnp.linalg.solve(jnp.eye(B.shape[0], dtype=B.dtype) + B / penalty, b).reshape(-1), 1)
 
 
@@ -284,12 +286,14 @@ def choose(problem: Any, linear: str) -> type[XStep]:
     """
     game = isinstance(problem, MatrixGame)
     if linear == "auto":
-        if game:
+        if problem.structure is not None:
+            linear = {"affine": "krylov", "bilinear": "cg", "blocks": "blocks"}[problem.structure]
+        elif game:
             linear = "svd" if min(problem.A.shape) <= SVD_SIZE and isinstance(problem.A, jax.Array) else "cg"
         elif problem.is_affine:
             linear = "dense" if problem.dim <= DENSE_SIZE and isinstance(problem.matrix, jax.Array) else "krylov"
         else:
-            linear = {"affine": "krylov", "bilinear": "cg", "blocks": "blocks"}.get(getattr(problem, "structure", None) or "", "newton")
+            linear = "newton"
     if linear == "svd" and not game:
         raise ArgumentError(f"linear='svd' needs a MatrixGame, got {type(problem).__name__}; use 'dense' or 'krylov' for affine operators")
     if linear == "cg" and len(getattr(problem.equality, "sizes", ())) != 2:
