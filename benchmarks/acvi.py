@@ -20,14 +20,13 @@ notebooks, whose clock measures a generic solver for projections and proxes.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -37,9 +36,11 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array, hstack
 
 import theorylab as tl
-from theorylab import acvi, runtime
-from theorylab.core.show import text_table
+from theorylab import acvi
 from theorylab.errors import RunWarning
+from theorylab.lab.files import load_module
+
+report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 Array = np.ndarray
 Rows = list[dict[str, Any]]
@@ -311,12 +312,8 @@ def hbg(rounds: int) -> tuple[Rows, Rows]:
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the tables; `--json` for machines, `--markdown` for the documentation."""
     parts = ("games", "batches", "sparse", "xstep", "hbg")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller games, fewer rounds, short limits")
+    parser = report.parser(__doc__, "smaller games, fewer rounds, short limits")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of the tables")
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print JSON")
-    shape.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args(argv)
     quick, tables = options.quick, {}
     rounds = 1 if quick else 5
@@ -335,30 +332,8 @@ def main(argv: list[str] | None = None) -> int:
             rotation, path = hbg(rounds)
             tables["Steps to a relative error of 0.02, by rotation (published counting: EG 2, LA5 5 a step)"] = rotation
             tables["Curvature 0.05: steps to a relative error"] = path
-    threads = {"cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
-    about = {"date": {"": time.strftime("%Y-%m-%d")}, "versions": runtime.versions(), "devices": runtime.devices(), "threads": threads,
-             "left out": {"": "; ".join(outside()[1]) or "nothing"}}
-    if options.json:
-        print(json.dumps({**tables, **about}, indent=1))
-        return 0
-    for title, table in tables.items():
-        head, body = list(table[0]), [[shown(name, value) for name, value in row.items()] for row in table]
-        print(f"\n{'### ' if options.markdown else ''}{title}\n")
-        lines = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
-        print(lines if options.markdown else text_table(head, body))
-    print()
-    for name, value in about.items():
-        print(f"{'* ' if options.markdown else ''}{name}: {', '.join(f'{k} {v}'.strip() for k, v in value.items())}")
+    report.show(tables, options, **{"left out": "; ".join(outside()[1]) or "nothing"})
     return 0
-
-
-def shown(name: str, value: Any) -> str:
-    """A cell."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if "gap" in name:
-        return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 if __name__ == "__main__":

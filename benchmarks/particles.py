@@ -10,19 +10,20 @@ tokens.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from theorylab import runtime, transformer_pde as tp
-from theorylab.core.show import text_table
+from theorylab import transformer_pde as tp
+from theorylab.lab.files import load_module
+
+report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 Array = jax.Array
 TOKENS = 100_000
@@ -103,15 +104,11 @@ def whole(dim: int, tile: int, dtype: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the tables; `--json` for machines, `--markdown` for the documentation."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer tokens, dimensions and rounds")
+    parser = report.parser(__doc__, "fewer tokens, dimensions and rounds")
     parser.add_argument("--tile", type=int, default=1024, help="tokens in a block")
     parser.add_argument("--measured", type=int, help="tokens of the measured runs (default 20000; 2048 with --quick)")
     parser.add_argument("--dense", type=int, help="tokens of the peers that hold all pairs (default 8192; 1024 with --quick)")
     parser.add_argument("--rounds", type=int, help="rounds of interleaved calls (default 5; 2 with --quick)")
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print JSON")
-    shape.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args(argv)
     quick = options.quick
     measured, dense = options.measured or (2048 if quick else 20_000), options.dense or (1024 if quick else 8192)
@@ -119,33 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [(2, "float64")] if quick else [(dim, dtype) for dtype in ("float64", "float32") for dim in (2, 16, 64)]
     rows = [row for dim, dtype in cases for row in measure(dim, options.tile, dense, measured, rounds, dtype)]
     memory = [whole(dim, options.tile, dtype) for dim, dtype in cases]
-    threads = {"cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
-    about = {"date": {"": time.strftime("%Y-%m-%d")}, "versions": runtime.versions(), "devices": runtime.devices(), "threads": threads,
-             "settings": {"tile": options.tile, "rounds": rounds}}
-    if options.json:
-        print(json.dumps({"velocity": rows, "memory": memory, **about}, indent=1))
-        return 0
-    for title, table in (("Velocity of all tokens", rows), (f"Memory of the program for {TOKENS} tokens", memory)):
-        print(f"\n{'### ' if options.markdown else ''}{title}\n")
-        print(as_text(table, options.markdown))
-    print()
-    for name, value in about.items():
-        print(f"{'* ' if options.markdown else ''}{name}: {', '.join(f'{k} {v}'.strip() for k, v in value.items())}")
+    report.show({"Velocity of all tokens": rows, f"Memory of the program for {TOKENS} tokens": memory}, options, tile=options.tile, rounds=rounds)
     return 0
-
-
-def as_text(table: list[dict[str, Any]], markdown: bool) -> str:
-    """Rows as text."""
-
-    def shown(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-        return "" if value is None else str(value)
-
-    head, body = list(table[0]), [[shown(value) for value in row.values()] for row in table]
-    if not markdown:
-        return text_table(head, body)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ fastest of three.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffrax
@@ -30,10 +29,12 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 import theorylab as tl
-from theorylab import runtime, transformer_pde as tp
-from theorylab.core.show import text_table
+from theorylab import transformer_pde as tp
 from theorylab.core.stepping import I_COEFFICIENT, P_COEFFICIENT
 from theorylab.errors import RunWarning
+from theorylab.lab.files import load_module
+
+report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 Array = np.ndarray
 
@@ -266,12 +267,8 @@ def trajectory(rounds: int, ladder: list[float], steps: tuple[int, ...], seed: i
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the tables; `--json` for machines, `--markdown` for the documentation."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer starts, rounds and tolerances")
+    parser = report.parser(__doc__, "fewer starts, rounds and tolerances")
     parser.add_argument("--rounds", type=int, help="timed rounds of interleaved calls (default 21; 3 with --quick)")
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print JSON")
-    shape.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args(argv)
     rounds = options.rounds or (3 if options.quick else 21)
     ladder = [1e-6, 1e-10] if options.quick else [10.0 ** (-k / 2) for k in range(8, 25)]
@@ -279,37 +276,9 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore", RunWarning)
         starting = sweep(10 if options.quick else 40, rounds, 4 if options.quick else 24)
     rows, equal = trajectory(rounds, ladder, (1000,) if options.quick else (1000, 10_000))
-    threads = {"cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
-    about = {"date": {"": time.strftime("%Y-%m-%d")}, "versions": runtime.versions(), "devices": runtime.devices(), "threads": threads}
-    if options.json:
-        print(json.dumps({"sweep": starting, "trajectory": rows, "equal error": equal, **about, "rounds": rounds}, indent=1))
-        return 0
     sizes = f"Blow-up times of {len(starts(10 if options.quick else 40))} starts"
-    for title, table in ((sizes, starting), (f"One trajectory to {NEAR} of its blow-up time", rows), ("At equal error", equal)):
-        print(f"\n{'### ' if options.markdown else ''}{title}\n")
-        print(as_text(table, options.markdown))
-    print()
-    for name, value in about.items():
-        print(f"{'* ' if options.markdown else ''}{name}: {', '.join(f'{k} {v}'.strip() for k, v in value.items())}")
+    report.show({sizes: starting, f"One trajectory to {NEAR} of its blow-up time": rows, "At equal error": equal}, options, rounds=rounds)
     return 0
-
-
-def as_text(table: list[dict[str, Any]], markdown: bool) -> str:
-    """Rows as text."""
-
-    def shown(name: str, value: Any) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value
-        if "error" in name or "rtol" in name:
-            return f"{value:.0e}".replace("e-0", "e-") if "rtol" in name else f"{value:.1e}".replace("e-0", "e-") if value else "0"
-        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-    head, body = list(table[0]), [[shown(name, value) for name, value in row.items()] for row in table]
-    if not markdown:
-        return text_table(head, body)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
 
 
 if __name__ == "__main__":

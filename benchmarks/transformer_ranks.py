@@ -14,11 +14,10 @@ Ensemble: regimes and blow-up times of random heads in one call, every head with
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
 import warnings
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,9 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from theorylab import runtime, transformer_pde as tp
-from theorylab.core.show import text_table
+from theorylab import transformer_pde as tp
 from theorylab.errors import RunWarning
+from theorylab.lab.files import load_module
+
+report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 Array = np.ndarray
 # step of the published scheme and its threshold, by kind, values and dimension
@@ -170,11 +171,7 @@ def ensemble(count: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the tables; `--json` for machines, `--markdown` for the documentation."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer heads and rounds")
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print JSON")
-    shape.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser = report.parser(__doc__, "fewer heads and rounds")
     options = parser.parse_args(argv)
     quick = options.quick
     with warnings.catch_warnings():
@@ -182,22 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         tables = {"Ranks of limits": ranks(10 if quick else 100, 1 if quick else 2),
                   "Forms of one velocity": forms(((256, 16, 64),) if quick else ((64, 64, 64), (256, 16, 64), (1024, 16, 64)), 3 if quick else 15),
                   "Random heads": ensemble(50 if quick else 2000)}
-    threads = {"cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
-    about = {"date": time.strftime("%Y-%m-%d"), "versions": runtime.versions(), "devices": runtime.devices(), "threads": threads}
-    if options.json:
-        print(json.dumps({**tables, **about}, indent=1))
-        return 0
-    for title, table in tables.items():
-        head_row = list(table[0])
-        body = [[value if isinstance(value, str) else f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in row.values()] for row in table]
-        print(f"\n{'### ' if options.markdown else ''}{title}\n")
-        if options.markdown:
-            print("\n".join("| " + " | ".join(cells) + " |" for cells in [head_row, ["---"] * len(head_row), *body]))
-        else:
-            print(text_table(head_row, body))
-    print()
-    for name, value in about.items():
-        print(f"{'* ' if options.markdown else ''}{name}: {value if isinstance(value, str) else ', '.join(f'{k} {v}' for k, v in value.items())}")
+    report.show(tables, options)
     return 0
 
 
