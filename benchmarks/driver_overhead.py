@@ -6,10 +6,10 @@ state: median wall time of interleaved repeats. The bare loop computes and recor
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import theorylab as tl
-from theorylab import runtime
+from theorylab.lab.files import load_module
+
+report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 
 class Quadratic(tl.Problem):
@@ -107,35 +109,20 @@ def measure(dim: int, steps: int, repeats: int) -> list[dict[str, Any]]:
             run()
             times.setdefault(name, []).append(time.perf_counter() - began)
     base = np.array(times["bare while_loop"])
-    return [{"dim": dim, "steps": steps, "row": name, "first_call_cpu_s": first[name], "median_ms": 1e3 * float(np.median(t)),
-             "ratio_to_bare": float(np.median(np.array(t) / base))} for name, t in times.items()]
+    return [{"d": dim, "steps": steps, "row": name, "first call (CPU-s)": first[name], "median (ms)": 1e3 * float(np.median(t)),
+             "row / bare": float(np.median(np.array(t) / base))} for name, t in times.items()]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; `--json` for machines."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[50, 200, 400], help="dimensions of the quadratic")
+    parser = report.parser(__doc__, "one small size, fewer repeats")
+    parser.add_argument("--repeats", type=int, help="interleaved calls of every row (default 15; 3 with --quick)")
+    parser.add_argument("--sizes", type=int, nargs="*", help="dimensions of the quadratic (default 50 200 400; 50 with --quick)")
     parser.add_argument("--steps", type=int, default=5000)
     options = parser.parse_args(argv)
-    table = [row for dim in options.sizes for row in measure(dim, options.steps, options.repeats)]
-    versions = runtime.versions() | {"cpu_threads": _threads()}
-    if options.json:
-        print(json.dumps({"versions": versions, "rows": table}, indent=1))
-        return 0
-    print(", ".join(f"{k} {v}" for k, v in versions.items()))
-    print(f"{'d':>4} {'steps':>6}  {'row':<40} {'first call':>11} {'median':>10} {'vs bare':>8}")
-    for row in table:
-        times = f"{row['first_call_cpu_s']:>9.2f} s {row['median_ms']:>7.2f} ms {row['ratio_to_bare']:>7.2f}x"
-        print(f"{row['dim']:>4} {row['steps']:>6}  {row['row']:<40} {times}")
+    repeats, sizes = options.repeats or (3 if options.quick else 15), options.sizes or ([50] if options.quick else [50, 200, 400])
+    report.show({"Gradient descent on a quadratic": [row for dim in sizes for row in measure(dim, options.steps, repeats)]}, options)
     return 0
-
-
-def _threads() -> str:
-    import os
-
-    return "1" if "multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "") else str(os.cpu_count())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ time. Its closed form, Sigma(t) = (I - t (A + A^T))^{-1} with A = K^T Q, gives t
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffrax
@@ -22,10 +21,11 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 import theorylab as tl
-from theorylab import runtime
 from theorylab.core.integrate import integrate
-from theorylab.core.show import text_table
 from theorylab.core.stepping import I_COEFFICIENT, P_COEFFICIENT
+from theorylab.lab.files import load_module
+
+report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 DIM = 8
 NEAR = 0.99
@@ -126,19 +126,11 @@ def overhead(repeat: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repeat", type=int, default=50, help="calls per warm time")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = report.parser(__doc__, "fewer calls per warm time")
+    parser.add_argument("--repeat", type=int, help="calls per warm time (default 50; 5 with --quick)")
     options = parser.parse_args(argv)
-    rows, small = measure(options.repeat), overhead(options.repeat)
-    threads = {"cores": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
-    about = {"versions": runtime.versions(), "devices": runtime.devices(), "threads": threads}
-    if options.json:
-        print(json.dumps({"rows": rows, "one fixed step": small, **about}))
-        return 0
-    print(text_table(list(rows[0]), [list(row.values()) for row in rows]))
-    print("\none fixed step, host overhead included: " + ", ".join(f"{name} {value:.3f}" for name, value in small.items()))
-    print("\n".join(f"{name}: {', '.join(f'{k} {v}' for k, v in value.items())}" for name, value in about.items()))
+    repeat = options.repeat or (5 if options.quick else 50)
+    report.show({"Ten save times on the way to a blow-up": measure(repeat), "One fixed step, host overhead included": [overhead(repeat)]}, options)
     return 0
 
 
