@@ -14,6 +14,7 @@ from theorylab.core.keys import Key
 from theorylab.core.module import size
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
+from theorylab.stiefel.closed_forms import ordered, signs
 from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill, measured, sines, total, white_of, whitened
 from theorylab.stiefel.moments import Moments, column_means, unweighted
 from theorylab.stiefel.operators import TESTED, Dense, Gram, batch_rows, plus, ridge_argument
@@ -119,7 +120,7 @@ class MultiviewCCA(BlockProblem):
             checks.same_length(0, **{f"reference[{i}]": part for i, part in enumerate(parts)})
             rows, centre = centred(parts, True)
             fields = cls._fields(rows, centre, p, ridge)
-        return fill(object.__new__(cls), fields, "auto")
+        return fill(object.__new__(cls), fields | {"fed": True}, "auto")
 
     def feed(self, batch: Any) -> Self:
         parts, weight = unweighted(batch, len(self.centre))
@@ -178,11 +179,9 @@ class MultiviewCCA(BlockProblem):
     def from_dense(self, matrices: Any, batch: Batch) -> Batch:
         return Batch(tuple(Dense(matrix) for matrix in matrices[0]), matrices[1])
 
-    def default_method(self) -> Any:
-        """Landing with steps of its own choice on the exact covariances; a problem without them is fed and uses the stochastic method."""
-        from theorylab.stiefel.landing import default_landing
-
-        return default_landing(self)
+    def arranged(self, x: Blocks) -> Blocks:
+        """Directions in descending order of their part in the sum, the largest entry of each in the first view positive."""
+        return ordered(self, x)
 
 
 class CCA(MultiviewCCA):
@@ -239,6 +238,13 @@ class CCA(MultiviewCCA):
                      zip(self.solution, self.exact().operators, point.x, point.images, lowers, strict=True)]
             row["error"] = jnp.sqrt(parts[0] + parts[1])
         return row
+
+    def arranged(self, x: Blocks) -> Blocks:
+        """Canonical directions of the two subspaces in descending order of correlation, the largest entry of each in the first view positive."""
+        gt = self.at(x).gradients[0]
+        left, _, right = jnp.linalg.svd(-product(x[0], gt.mT))
+        sign = signs((left.mT @ x[0]).mT).mT
+        return sign * (left.mT @ x[0]), sign * (right @ x[1])
 
 
 def correlations(problem: CCA) -> tuple[Array, Array, Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from theorylab.core.psd import product
 from theorylab.errors import NoClosedFormError
-from theorylab.stiefel.contract import white_of
+from theorylab.stiefel.contract import BlockProblem, Blocks, total, white_of
 from theorylab.stiefel.operators import Operator
 
 Array = jax.Array
@@ -63,6 +63,18 @@ def signs(x: Array) -> Array:
     """The sign of the entry of largest magnitude in each column, shape `(1, p)`."""
     largest = jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=0)[None], axis=0)
     return jnp.where(largest < 0, -jnp.ones_like(largest), jnp.ones_like(largest))
+
+
+def ordered(problem: BlockProblem, x: Blocks) -> Blocks:
+    r"""All blocks turned by the eigenvectors of $-\mathrm{sym}\sum_i X_i^\top G_i$ in descending order, largest entries in the first positive.
+
+    For objectives that do not change under a common rotation of the columns, such as a trace: the Ritz vectors.
+    """
+    gradients = problem.at(x).gradients
+    inside = total(product(xt, gt.mT) for xt, gt in zip(x, gradients, strict=True))
+    vectors = jnp.linalg.eigh(-(inside + inside.mT) / 2)[1][:, ::-1]
+    sign = signs((vectors.mT @ x[0]).mT).mT
+    return tuple(sign * (vectors.mT @ xt) for xt in x)
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from jax import lax
 
 from theorylab.core import checks, pencil
 from theorylab.core.keys import Key
+from theorylab.core.module import choice
 from theorylab.core.problem import Problem
 from theorylab.core.psd import product, rank_cut
 from theorylab.errors import ArgumentError, InfeasibleStartError, ShapeError
@@ -73,24 +74,25 @@ class Point(NamedTuple):
 class BlockProblem(Problem):
     r"""Minimize f over blocks with $X_i^\top B_i X_i = I$: the base class of the problems of this family.
 
-    A subclass defines `dims`, `dtype`, `exact` and `oracle`; a stochastic one also `draw` and, for the U-statistic, `coefficients`; one that
-    can be averaged over a pass also `dense` and `from_dense`; one with a known solution `quality`.
+    A subclass defines `exact` and `oracle`; a stochastic one also `draw` and, for the U-statistic, `coefficients`; one that can be averaged over a
+    pass also `dense` and `from_dense`; one with a known solution `quality`; one whose minimizers are bases of a subspace `arranged`.
     """
 
     p: eqx.AbstractVar[int]
     batch: eqx.AbstractVar[Any]
+    fed: bool = choice(False)
 
     # ------------------------------------------------------------------------------------------ what a subclass defines
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Rows of each block."""
-        raise NotImplementedError(f"{type(self).__name__} must define dims")
+        return tuple(op.dim for op in self.exact().operators)
 
     @property
     def dtype(self) -> Any:
         """The dtype of points."""
-        raise NotImplementedError(f"{type(self).__name__} must define dtype")
+        return self.exact().operators[0].dtype
 
     @property
     def single(self) -> bool:
@@ -113,7 +115,8 @@ class BlockProblem(Problem):
     @property
     def rows(self) -> int | None:
         """Rows of data held in memory, None if there are none or they never end."""
-        return None
+        batch = self.exact()
+        return next((op.rows.shape[0] for op in (*batch.operators, batch.cost) if isinstance(op, Gram)), None)
 
     def coefficients(self, batch: Batch, x: Blocks, images: Blocks) -> Blocks:
         """For gradients that are means of $a_i c_i^T$ over the rows $a_i$ of the operators: the transposed coefficients c, each `(p, rows)`."""
@@ -135,6 +138,10 @@ class BlockProblem(Problem):
     def quality(self, point: Point, lowers: Blocks) -> dict[str, Array]:
         """More metrics, from a point and the Cholesky factors of its Gram matrices: `gap` and `error` where a solution is known."""
         return {}
+
+    def arranged(self, x: Blocks) -> Blocks:
+        """A feasible point with the same objective whose columns are in the order that the problem gives them: by eigenvalue, for instance."""
+        return x
 
     # ------------------------------------------------------------------------------------------ what they share
 
@@ -223,6 +230,13 @@ class BlockProblem(Problem):
             if not low > 0 or (safe is not None and not violation < 1):
                 raise InfeasibleStartError(f"{name} must have X'BX near the identity, its smallest eigenvalue is {low:.3g} and |X'BX - I| is "
                                            f"{violation:.3g}; begin at retract({name}, B), or pass safe=None")
+
+    def default_method(self) -> Any:
+        """Landing with steps of its own choice; for a problem that is fed, stochastic landing with preconditioning."""
+        from theorylab.stiefel.landing import default_landing
+        from theorylab.stiefel.stochastic import default_stochastic
+
+        return default_stochastic() if self.fed else default_landing(self)
 
     def goal(self, tolerance: float) -> Any:
         """Stop when `gap` is below `tolerance`, relative to the optimum if that is above 1, and `infeasibility` is below `tolerance`.

@@ -15,6 +15,7 @@ from theorylab.core.keys import Key, stream
 from theorylab.core.module import size
 from theorylab.core.psd import product, rank_cut
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
+from theorylab.stiefel.closed_forms import ordered
 from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill, measured, reference_of, sines, whitened
 from theorylab.stiefel.operators import Dense, Gram, Implicit, Operator, as_operator, fed_rows, plus, ridge_argument
 
@@ -79,23 +80,11 @@ class GEVP(BlockProblem):
             >>> GEVP.streamed(jnp.eye(2), jnp.eye(2), p=1).feed((jnp.ones((4, 2)), jnp.ones((5, 2)))).batch.cost.rows.shape
             (4, 2)
         """
-        return cls(A, B, p, **options)
+        return fill(cls(A, B, p, **options), {"fed": True})
 
     def feed(self, batch: Any) -> Self:
         a, b = (Gram(fed_rows(rows, self.operator.dim, self.dtype)) for rows in batch)
         return self.holding(Batch((b,), a))
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (self.operator.dim,)
-
-    @property
-    def dtype(self) -> Any:
-        return self.operator.dtype
-
-    @property
-    def rows(self) -> int | None:
-        return next((op.rows.shape[0] for op in (self.operator, self.cost) if isinstance(op, Gram)), None)
 
     def exact(self) -> Batch:
         return Batch((self.operator,), self.cost)
@@ -125,11 +114,9 @@ class GEVP(BlockProblem):
             row["error"] = sines(self.solution, point.x[0], self.operator.product(point.x[0], point.images[0]), lowers[0])
         return row
 
-    def default_method(self) -> Any:
-        """Landing with steps of its own choice; along the tangent term with a solve where B is a matrix that is factored in no time."""
-        from theorylab.stiefel.landing import default_landing
-
-        return default_landing(self)
+    def arranged(self, x: Blocks) -> Blocks:
+        """Ritz vectors in descending order of their values, the largest entry of each positive."""
+        return ordered(self, x)
 
 
 class LDA(GEVP):

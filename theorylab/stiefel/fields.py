@@ -246,17 +246,30 @@ def _residual(gram: Array) -> Array:
     return gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)
 
 
+def lifted(inverse: Any, a: Array) -> Array:
+    """Transposed columns multiplied by an approximate inverse of B: None for I, a vector for a diagonal matrix, or a matrix."""
+    if inverse is None:
+        return a
+    return a * inverse if jnp.ndim(inverse) == 1 else a @ inverse
+
+
 def _relative(gt: Array, bt: Array) -> Array:
     return (product(bt, bt.mT) / 2) @ gt - (product(bt, gt.mT) / 2) @ bt
 
 
 @partial(jax.jit, static_argnames=("tangent", "normal"))
-def field_of(gt: Array, xt: Array, bt: Array, gram: Array, attraction: Any, *, tangent: str, normal: str, solved: Any = None) -> Array:
-    """The landing field; every p by p factor of a tall product is summed first."""
-    pull, base = attraction * _residual(gram), bt if normal == "gradient" else xt
-    if tangent in ("relative", "plam"):
-        along = bt
-        turn, rest = (product(bt, gt.mT) / 2, (product(bt, bt.mT) / 2) @ gt) if tangent == "relative" else (_sym(product(xt, gt.mT)), gt)
+def field_of(gt: Array, xt: Array, bt: Array, gram: Array, attraction: Any, *, tangent: str, normal: str, solved: Any = None,
+             inverse: Any = None) -> Array:
+    r"""The landing field; every p by p factor of a tall product is summed first.
+
+    With `inverse` $= P P^\top$ the relative field is the one of the coordinates $Z = P^{-1} X$, where B is $P^\top B P$, written in X.
+    """
+    sent = lifted(inverse, bt)
+    pull, base = attraction * _residual(gram), sent if normal == "gradient" else xt
+    if tangent == "relative":
+        along, turn, rest = sent, product(sent, gt.mT) / 2, (product(sent, bt.mT) / 2) @ lifted(inverse, gt)
+    elif tangent == "plam":
+        along, turn, rest = bt, _sym(product(xt, gt.mT)), gt
     else:
         along, turn = xt, product(xt, gt.mT)
         turn, rest = (turn, gram @ solved) if tangent == "relative_solved" else (_sym(turn), solved)
@@ -264,22 +277,24 @@ def field_of(gt: Array, xt: Array, bt: Array, gram: Array, attraction: Any, *, t
 
 
 @partial(jax.jit, static_argnames="normal")
-def two_sample_of(gt: Array, xt: Array, b1: Array, b2: Array, attraction: Any, *, normal: str) -> Array:
-    """The estimate from three independent samples."""
-    tangent = (product(b2, b1.mT) / 2) @ gt - (product(b2, gt.mT) / 2) @ b1
+def two_sample_of(gt: Array, xt: Array, b1: Array, b2: Array, attraction: Any, *, normal: str, inverse: Any = None) -> Array:
+    """The estimate from three independent samples; `inverse` as for `field_of`."""
     first, second = _residual(product(xt, b1.mT)), _residual(product(xt, b2.mT))
+    b1, b2, plain = lifted(inverse, b1), lifted(inverse, b2), b1
+    tangent = (product(b2, plain.mT) / 2) @ lifted(inverse, gt) - (product(b2, gt.mT) / 2) @ b1
     if normal == "gradient":
         return tangent + attraction / 2 * (second.mT @ b1 + first.mT @ b2)
     return tangent + (attraction / 2 * _sym(first + second)) @ xt
 
 
 @partial(jax.jit, static_argnames="normal")
-def u_statistic_of(rows: Array, count: Array, ct: Array, xt: Array, yt: Array, ridge: Any, attraction: Any, *, normal: str) -> Array:
+def u_statistic_of(rows: Array, count: Array, ct: Array, xt: Array, yt: Array, ridge: Any, attraction: Any, *, normal: str,
+                   inverse: Any = None) -> Array:
     """The estimate over distinct rows; `yt` are the scores (A x)ᵀ, rows of zeros are padding and `count` is the number of the others."""
     r, one, two = count, count - 1, count - 2
-    ut, vt = yt @ rows, ct @ rows
+    ut, vt = lifted(inverse, yt @ rows), lifted(inverse, ct @ rows)
     kyt, kct = ut @ rows.mT, vt @ rows.mT
-    dt = kyt - jnp.sum(rows**2, axis=-1) * yt
+    dt = kyt - jnp.sum(lifted(inverse, rows) * rows, axis=-1) * yt
     weight = (jnp.sum(yt * kct, axis=-2) - jnp.sum(ct * kyt, axis=-2)) / (2 * r * one * two)
     on_v = product(dt, yt.mT) / (2 * r * one * two)
     on_u = -product(dt, ct.mT) / (2 * r * one * two)
@@ -287,24 +302,25 @@ def u_statistic_of(rows: Array, count: Array, ct: Array, xt: Array, yt: Array, r
     on_x, on_t, tt = jnp.zeros_like(squares), jnp.zeros_like(squares), None
     moment = squares / r
     if ridge is not None:
-        tt = xt @ ridge if jnp.ndim(ridge) == 2 else ridge * xt
+        plain = xt @ ridge if jnp.ndim(ridge) == 2 else ridge * xt
+        tt = lifted(inverse, plain)
         st = tt @ rows.mT
         cross = product(st, yt.mT)
-        on_v = on_v + (cross + cross.mT) / (2 * r * one) + product(tt, tt.mT) / (2 * r)
+        on_v = on_v + (cross + cross.mT) / (2 * r * one) + product(tt, plain.mT) / (2 * r)
         weight = weight - jnp.sum(ct * st, axis=-2) / (2 * r * one)
         on_u = on_u - product(st, ct.mT) / (2 * r * one)
-        on_t = -product(dt, ct.mT) / (2 * r * one) - product(tt, vt.mT) / (2 * r)
-        moment = moment + product(tt, xt.mT)
+        on_t = -product(dt, ct.mT) / (2 * r * one) - product(plain, vt.mT) / (2 * r)
+        moment = moment + product(plain, xt.mT)
     if normal == "newton_schulz":
         on_x = attraction * _residual(_sym(moment))
     else:
         pairs = squares / (r * one) - jnp.eye(squares.shape[-1], dtype=squares.dtype) / r
         weight = weight - attraction * jnp.sum(yt**2, axis=-2) / (r * one)
         if tt is not None:
-            stretch = product(xt, tt.mT)
+            stretch = product(xt, plain.mT)
             pairs, on_t = pairs + stretch / r, on_t + attraction * _residual(squares / r + stretch)
         on_u = on_u + attraction * pairs
-    total = on_v @ vt + on_u @ ut + (weight * yt) @ rows
+    total = on_v @ vt + on_u @ ut + lifted(inverse, (weight * yt) @ rows)
     if tt is not None:
         total = total + on_t @ tt
     return total + on_x @ xt if normal == "newton_schulz" else total

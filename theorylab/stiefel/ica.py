@@ -91,14 +91,16 @@ class ICA(BlockProblem):
         fill(self, self._fields(X, None, centre, p, contrast, sign, ridge, mixing))
 
     @classmethod
-    def _fields(cls, data: Any, moment: Any, centre: Array, p: int, contrast: str, sign: Any, ridge: Any, mixing: Any) -> dict[str, Any]:
+    def _fields(cls, data: Any, moment: Any, centre: Array, p: int, contrast: str, sign: Any, ridge: Any, mixing: Any,
+                fed: bool = False) -> dict[str, Any]:
         """All fields, checked."""
         n = centre.shape[0]
         p, ridge = columns_argument(p, n), ridge_argument("ridge", ridge, n)
+        contrast, sign = checks.among("contrast", contrast, CONTRASTS), checks.among("sign", sign, ("auto", 1, -1))
         mixing = None if mixing is None else checks.array("mixing", mixing, (n, p))
         checks.same_dtype(X=centre, mixing=mixing)
         return {"data": data, "moment": None if moment is None else plus(moment, ridge), "centre": centre, "ridge": ridge, "mixing": mixing, "p": p,
-                "contrast": checks.among("contrast", contrast, CONTRASTS), "sign": checks.among("sign", sign, ("auto", 1, -1)), "batch": None}
+                "contrast": contrast, "sign": sign, "batch": None, "fed": fed}
 
     @classmethod
     def streamed(cls, reference: Any, p: int, contrast: str = "logcosh", *, sign: str | int = "auto", ridge: Any = 0.0, mixing: Any = None,
@@ -121,11 +123,11 @@ class ICA(BlockProblem):
             if len(reference.dims) != 1:
                 raise ShapeError(f"reference must hold one view, got {len(reference.dims)}")
             cast = jax.tree.map(lambda a: a if dtype is None else a.astype(dtype), reference)
-            return fill(object.__new__(cls), cls._fields(None, cast.second, cast.mean, p, contrast, sign, ridge, mixing))
+            return fill(object.__new__(cls), cls._fields(None, cast.second, cast.mean, p, contrast, sign, ridge, mixing, fed=True))
         rows = checks.array("reference", reference, (None, None))
         rows = rows if dtype is None else rows.astype(dtype)
         (rows,), (centre,) = centred((rows,), True)
-        return fill(object.__new__(cls), cls._fields(rows, None, centre, p, contrast, sign, ridge, mixing))
+        return fill(object.__new__(cls), cls._fields(rows, None, centre, p, contrast, sign, ridge, mixing, fed=True))
 
     def feed(self, batch: Any) -> Self:
         (rows,), weight = unweighted(batch, 1)
@@ -134,18 +136,6 @@ class ICA(BlockProblem):
             return self.holding(Batch((Gram(rows, None, self.ridge),)))
         rows = jnp.where(weight[:, None] > 0, rows, jnp.zeros_like(rows))
         return self.holding(Batch((Gram(rows, jnp.sum(weight).astype(self.dtype), self.ridge),)))
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (self.centre.shape[0],)
-
-    @property
-    def dtype(self) -> Any:
-        return self.centre.dtype
-
-    @property
-    def rows(self) -> int | None:
-        return None if self.data is None else self.data.shape[0]
 
     def exact(self) -> Batch:
         return Batch((Dense(self.moment) if self.data is None else Gram(self.data, None, self.ridge),))
@@ -197,9 +187,3 @@ class ICA(BlockProblem):
 
     def quality(self, point: Point, lowers: Blocks) -> dict[str, Array]:
         return {} if self.mixing is None else {"error": amari_of(product(point.x[0], self.mixing))}
-
-    def default_method(self) -> Any:
-        """Landing with steps of its own choice on all rows."""
-        from theorylab.stiefel.landing import default_landing
-
-        return default_landing(self)

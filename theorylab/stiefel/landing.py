@@ -12,6 +12,7 @@ from theorylab.core import checks
 from theorylab.core.keys import Key
 from theorylab.core.module import choice, number
 from theorylab.core.problem import Method
+from theorylab.core.psd import product
 from theorylab.core.schedule import Schedule, at
 from theorylab.errors import ArgumentError
 from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, total
@@ -149,7 +150,7 @@ class Landing(Method):
         limits = []
         for op, xt, image, gram, field, spectrum in zip(batch.operators, point.x, point.images, point.grams, state.field, self.spectra, strict=True):
             bt = op.product(xt, image)
-            slope = decrease(gram, _sym(bt @ bt.mT), self.normal)
+            slope = decrease(gram, _sym(product(bt, bt.mT)), self.normal)
             limits.append(bounded_step(gram, slope, jnp.sum(field**2), radius, largest, self.rule, self.attraction, *spectrum))
         return jnp.stack(limits)
 
@@ -208,7 +209,7 @@ def turned_back(xt: Array, image: Array, gram: Array, field: Array, image_field:
     h = _residual(gram)
     away = (jnp.sum(h**2) >= radius**2) & (jnp.sum(h * w) <= 0)
     pull = jnp.where(attraction > 0, attraction, 1.0).astype(h.dtype) * h
-    instead = pull @ xt, pull @ image, 2 * _sym(pull @ gram), _sym(pull @ gram @ pull)
+    instead = pull @ xt, pull @ image, 2 * _sym(product(pull, gram)), _sym(product(pull, gram, pull))
     return tuple(jnp.where(away, new, old) for new, old in zip(instead, (field, image_field, w, z), strict=True))  # type: ignore[return-value]
 
 

@@ -14,7 +14,7 @@ from theorylab.core.keys import Key
 from theorylab.core.module import choice, size
 from theorylab.core.stream import Stream
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, reference_of, sines
+from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill, reference_of, sines
 from theorylab.stiefel.operators import Dense, Gram, Operator, as_operator, fed_rows
 from theorylab.stiefel.retractions import correct
 
@@ -80,23 +80,11 @@ class StiefelProblem(BlockProblem):
             >>> problem.feed(jnp.ones((4, 2))).batch.operators[0].rows.shape
             (4, 2)
         """
-        return cls(objective, getattr(B, "second", B), p, args, **options)
+        return fill(cls(objective, getattr(B, "second", B), p, args, **options), {"fed": True})
 
     def feed(self, batch: Any) -> Self:
         rows, args = batch if isinstance(batch, tuple) else (batch, None)
         return self.holding(Batch((Gram(fed_rows(rows, self.operator.dim, self.dtype)),), args))
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (self.operator.dim,)
-
-    @property
-    def dtype(self) -> Any:
-        return self.operator.dtype
-
-    @property
-    def rows(self) -> int | None:
-        return self.operator.rows.shape[0] if isinstance(self.operator, Gram) else None
 
     def exact(self) -> Batch:
         return Batch((self.operator,))
@@ -124,12 +112,6 @@ class StiefelProblem(BlockProblem):
         if self.solution is not None:
             row["error"] = sines(self.solution, point.x[0], self.operator.product(point.x[0], point.images[0]), lowers[0])
         return row
-
-    def default_method(self) -> Any:
-        """Landing with steps of its own choice."""
-        from theorylab.stiefel.landing import Landing
-
-        return Landing()
 
 
 class Procrustes(BlockProblem):
@@ -175,14 +157,6 @@ class Procrustes(BlockProblem):
             self.solution = nearest(self.operator, self.A, self.C)
             self.optimum = self.oracle(self.exact(), (self.solution,), ())[0]
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (self.operator.dim,)
-
-    @property
-    def dtype(self) -> Any:
-        return self.C.dtype
-
     def exact(self) -> Batch:
         return Batch((self.operator,))
 
@@ -205,9 +179,3 @@ class Procrustes(BlockProblem):
         feasible = correct(point.grams[0], point.x[0], "polar")
         return {"gap": jnp.maximum(self.oracle(self.exact(), (feasible,), ())[0] - self.optimum, 0),
                 "error": jnp.linalg.norm(point.x[0] - self.solution)}
-
-    def default_method(self) -> Any:
-        """Landing with steps of its own choice."""
-        from theorylab.stiefel.landing import default_landing
-
-        return default_landing(self)

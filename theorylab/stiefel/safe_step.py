@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from theorylab.core import checks
+from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.stiefel.fields import NORMALS, _gram, _residual, _sym
 from theorylab.stiefel.operators import as_operator
@@ -92,7 +93,7 @@ def moves(cross: Array, square: Array) -> tuple[Array, Array]:
 def decrease(gram: Array, square: Array, normal: str) -> Array:
     r"""The inner product of the normal term with $BXh$: $\lVert BXh\rVert^2$ or, for X h, $\mathrm{tr}(h M h)$."""
     h = _residual(gram)
-    return jnp.sum(h * ((square if normal == "gradient" else gram) @ h))
+    return jnp.sum(h * product(square if normal == "gradient" else gram, h))
 
 
 def bounded_step(gram: Array, slope: Array, length: Array, radius: Any, largest: Any, rule: str, attraction: Any, low: Any, high: Any) -> Array:

@@ -1,0 +1,143 @@
+"""Single steps: how far a step may go without leaving the safe region, and what a step does to the residual."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from theorylab.lab.claims import claim
+from theorylab.lab.evidence import Check
+from theorylab.stiefel import fields
+from theorylab.stiefel.claims._programs import (
+    BOTH,
+    DERIVED,
+    FEW,
+    MANY,
+    TANGENT,
+    Shape,
+    all_fields,
+    follow,
+    inner,
+    instances,
+    norm,
+    normal,
+    power,
+    residuals,
+    sym,
+    t,
+    uniform,
+)
+from theorylab.stiefel.retractions import retract
+from theorylab.stiefel.safe_step import safe_step_size
+
+CASES = (("relative", "gradient"), ("relative_solved", "newton_schulz"))
+
+
+@partial(jax.jit, static_argnames=("tangent", "normal"))
+def _steps(one: Any, omega: Any, radius: Any, tangent: str, normal: str) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Landing fields, and their safe steps by each rule."""
+    b, x, g, bx, solved = one
+    field = jax.vmap(lambda g, x, bx, solved, omega: fields.landing_field(g, x, bx, omega, tangent=tangent, normal=normal, solved=solved))(
+        g, x, bx, solved, omega)
+    of = lambda rule: jax.vmap(lambda x, field, b, radius, omega: safe_step_size(  # noqa: E731
+        x, field, b, radius, rule, attraction=omega, normal=normal))(x, field, b, radius, omega)
+    return field, {rule: of(rule) for rule in ("exact", "rigorous", "official")}
+
+
+def _first_crossing(h: np.ndarray, w: np.ndarray, z: np.ndarray, level: float) -> float:
+    """The least positive root of |h - eta W + eta^2 Z|^2 = level with a positive slope, from the eigenvalues of the companion matrix."""
+    quartic = np.array([np.sum(z * z), -2 * np.sum(w * z), np.sum(w * w) + 2 * np.sum(h * z), -2 * np.sum(h * w), np.sum(h * h) - level])
+    roots = np.roots(quartic)
+    real = roots.real[(np.abs(roots.imag) < 1e-9 * np.abs(roots)) & (roots.real > 0)]
+    return min(root for root in real if np.polyval(np.polyder(quartic), root) > 0)
+
+
+@claim("stiefel.safe-step", source=BOTH,
+       statement=r"No step up to $\eta_{safe} = (\omega n^2 + \sqrt{\omega^2n^4 + \frac12 L_N l^2(\epsilon^2 - d^2)})/(L_N l^2)$, $L_N = \beta_1(2 + "
+                 r"3\epsilon)$, leaves $\lVert h\rVert \le \epsilon$. The first upward crossing of a quartic is the largest such step. The rule of the "
+                 r"official code has a wrong constant, and most of its steps leave.",
+       fast={"shapes": FEW, "trials": 60}, full={"shapes": MANY, "trials": 300})
+def _(check: Check, shapes: tuple[Shape, ...], trials: int) -> None:
+    worst, landed, reference, ratio, left, lower, half = [], [], [], [], [], [], []
+    for shape in shapes:
+        radius = uniform(8, f"{shape} radius", trials, 0.1, 0.9)
+        one = instances(8, shape, trials, distance=radius * uniform(8, f"{shape} share", trials, 0.0, 0.98))
+        omega, (_, high), d = 10 ** uniform(8, f"{shape} omega", trials, -1, 1), one.ends, norm(one.h)
+        for tangent, kind in CASES:
+            field, found = _steps(one, jnp.asarray(omega), jnp.asarray(radius), tangent, kind)
+            field, found = np.asarray(field), {name: np.asarray(value) for name, value in found.items()}
+            after = lambda eta: norm(residuals(one.b, one.x - eta[:, None, None] * field)) / radius  # noqa: B023, E731
+            worst += [after(share * found["rigorous"]) for share in (0.25, 0.5, 0.75, 1.0)]
+            landed.append(after(found["exact"]))
+            left.append(after(found["official"]) > 1)
+            w, z = 2 * sym(t(one.bx) @ field), t(field) @ one.b @ field
+            crossing = np.array([_first_crossing(*matrices, r**2) for *matrices, r in zip(one.h, w, z, radius, strict=True)])
+            reference.append(found["exact"] / crossing)
+            ratio.append(found["exact"] / found["rigorous"])
+            if kind == "gradient":
+                pull, length = norm(all_fields(one)["gradient"]) ** 2, norm(field) ** 2
+                curve = high * (2 + 3 * radius) * length
+                lower.append(found["rigorous"] / (2 * omega * pull / curve))
+                near = d <= radius / 2
+                half.append((found["rigorous"] * np.sqrt(curve) / (radius * np.sqrt(3 / 8)))[near])
+    check.below("rigorous rule: |h| / radius at 1/4, 1/2, 3/4 and all of the step", np.concatenate(worst), 1 + 1e-12)
+    check.equal("exact rule: |h| / radius after the step", np.concatenate(landed), 1.0, 1e-6)
+    check.equal("exact rule over the root from the companion matrix", np.concatenate(reference), 1.0, 1e-6)
+    check.above("exact over rigorous", np.concatenate(ratio), 1 - 1e-12, note=f"median {np.median(np.concatenate(ratio)):.3g}")
+    check.above("rigorous over its bound 2 w n^2 / (L l^2)", np.concatenate(lower), 1 - 1e-12)
+    check.above("rigorous over its bound for |h| at most half the radius", np.concatenate(half), 1 - 1e-12)
+    check.above("official rule: share of steps that leave", np.mean(np.concatenate(left)), 0.5)
+
+
+@claim("stiefel.infeasible-start", source=BOTH,
+       statement=r"With a constant objective, $\lVert h_0\rVert < 1$ and $\eta\omega \le 1/(3\beta_1)$ the distance falls in every step, in the end by the "
+                 r"factor $1 - 2\eta\omega\mu_{\min}(X^\top B^2X)$. For the normal term $Xh$ with $\eta\omega = \frac12$ a step is $h \to -\frac34h^2 + "
+                 r"\frac14h^3$. A tangent step changes h by $\eta^2\Psi^\top B\Psi$ exactly.",
+       fast={"trials": 24, "steps": 300}, full={"trials": 300, "steps": 3000})
+def _(check: Check, trials: int, steps: int) -> None:
+    n, p = shape = FEW[1]
+    one = instances(9, shape, trials, spread=10.0, distance=uniform(9, "d", trials, 0.2, 0.99))
+    none, high = np.zeros((n, n)), one.ends[1][:, None, None]
+    path = np.asarray(follow(none, one.b, one.x, 1 / (3 * high), 1.0, steps, "relative", "gradient"))
+    d = norm(residuals(one.b, path))
+    live = d[:-1] > 1e-11
+    check.below("normal term B X h: |h_k+1| / |h_k|", (d[1:] / np.maximum(d[:-1], 1e-300))[live], 1.0)
+    last = live.sum(0) - 1                                                              # the last step above round-off
+    square = t(path[-1]) @ one.b @ one.b @ path[-1]
+    predicted = 1 - 2 / (3 * one.ends[1]) * np.linalg.eigvalsh(square)[:, 0]
+    near = d[last, np.arange(trials)] < 1e-5
+    measured = d[last, np.arange(trials)] / d[last - 1, np.arange(trials)]
+    check.above("runs that come below 1e-5", near.sum(), trials // 2)
+    check.equal("ratio in the end over 1 - 2 eta omega mu", (measured / predicted)[near], 1.0, 0.02)
+    path = np.asarray(follow(none, one.b, one.x, 0.5, 1.0, 8, "relative", "newton_schulz"))
+    h = residuals(one.b, path)
+    check.below("normal term X h: h_k+1 against -3/4 h^2 + 1/4 h^3", norm(h[1:] - (-0.75 * h[:-1] @ h[:-1] + 0.25 * h[:-1] @ h[:-1] @ h[:-1])), 3e-14)
+    check.below("|h| after 8 steps", norm(h[-1]), 1e-13)
+    found, eta = all_fields(one), 0.3
+    for name in TANGENT:
+        psi = found[name]
+        change = residuals(one.b, one.x - eta * psi) - one.h - eta**2 * t(psi) @ one.b @ psi
+        check.below(f"{name}: change of h by a tangent step against eta^2 Psi'B Psi, relative",
+                    norm(change) / (1 + eta**2 * norm(t(psi) @ one.b @ psi)), 1e-13)
+
+
+@claim("stiefel.polar-factor", source=DERIVED,
+       statement=r"$X \leftarrow X(3I - X^\top BX)/2$ converges to $X(X^\top BX)^{-1/2}$ for $\lVert h\rVert < 1$, the point of the manifold that is nearest "
+                 r"to X in the norm of B.",
+       fast={"trials": 12}, full={"trials": 100})
+def _(check: Check, trials: int) -> None:
+    from scipy.optimize import minimize
+
+    one = instances(10, FEW[1], trials, spread=30.0, distance=uniform(10, "d", trials, 0.1, 0.9))
+    polar = one.x @ power(one.h + np.eye(FEW[1][1]), -0.5)
+    found = np.stack([np.asarray(retract(x, b, "newton_schulz")) for x, b in zip(one.x, one.b, strict=True)])
+    check.below("Newton-Schulz against the polar factor, relative", norm(found - polar) / norm(polar), 1e-13)
+    b, x = one.b[0], one.x[0]
+    onto = lambda v: np.linalg.solve(np.linalg.cholesky(v.T @ b @ v), v.T).T  # noqa: E731
+    gap = lambda v: float(inner(onto(v.reshape(x.shape)) - x, b @ (onto(v.reshape(x.shape)) - x)))  # noqa: E731
+    least = min(minimize(gap, (x + 0.1 * normal(10, f"start {i}", *x.shape)).ravel(), method="BFGS", options={"gtol": 1e-8}).fun for i in range(2))
+    check.equal("its squared distance in B against the least that scipy finds", inner(polar[0] - x, b @ (polar[0] - x)), least, 1e-8)
