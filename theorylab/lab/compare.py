@@ -17,6 +17,7 @@ from theorylab.errors import ArgumentError, RunWarning, UnknownNameError
 from theorylab.lab.files import jsonable
 
 COUNTERS = ("gradients", "operator_evaluations", "products", "factorizations", "samples")
+ROUND_OFF = 1e-15
 # Metrics by which a run is judged, the most telling first; those that fall to zero at a solution have levels.
 _JUDGED = ("gap", "residual", "error", "infeasibility", "objective", "log_likelihood", "gain")
 _FALLING = ("gap", "residual", "error", "infeasibility", "gain")
@@ -220,7 +221,7 @@ def _levels(solutions: Mapping[str, Solution], metric: str) -> tuple[float, ...]
     if not (np.isfinite(top) and top > 0 and best < top):
         return ()
     high = math.ceil(math.log10(top)) - 1
-    low = math.ceil(math.log10(max(best, np.finfo(float).tiny)))
+    low = math.ceil(math.log10(max(best, ROUND_OFF * top)))  # a metric that ends at 0, or at round-off, has no smaller level worth a column
     powers = list(range(high, low - 1, -1))
     chosen = sorted({powers[round(i)] for i in np.linspace(0, len(powers) - 1, _MOST_LEVELS)}, reverse=True) if powers else []
     return tuple(10.0**p for p in chosen)
