@@ -7,6 +7,33 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from theorylab.hypergradient.bilevel import Bilevel
+
+X3, Y2 = jnp.array([0.3, -0.4, 0.9]), jnp.array([0.6, -0.2])
+
+
+def _energy(x: Any, y: Any, M: Any, S: Any, B: Any, Q: Any) -> Any:
+    z = B @ y
+    return x @ M @ x / 2 + jnp.sum(x**4) / 10 + jnp.sum((z * x) ** 2) / 2 - jnp.sum(x * z) - x[0] + y[0] * x[1] ** 2 * x[2] / 5
+
+
+def _residual(x: Any, y: Any, M: Any, S: Any, B: Any, Q: Any) -> Any:
+    return jax.grad(_energy)(x, y, M, S, B, Q) + (1 + y[1] ** 2) * (S @ x)
+
+
+def _outer(x: Any, y: Any, M: Any, S: Any, B: Any, Q: Any) -> Any:
+    return jnp.sum((Q @ x - 1) ** 2) / 2 + y[0] * x[0] * x[1] ** 2 + y @ y
+
+
+def tiny(kind: str = "energy", dtype: Any = float) -> Bilevel:
+    """A problem of polynomials with n = 3, m = 2 and every derivative present: `"energy"`, or `"root"` with a Jacobian that is not symmetric."""
+    rng = np.random.default_rng(2)
+    R, K, B, Q = (rng.standard_normal(shape) for shape in ((3, 3), (3, 3), (3, 2), (3, 3)))
+    args = tuple(jnp.asarray(a, dtype) for a in (R @ R.T / 3 + 2 * np.eye(3), K - K.T, B, Q))
+    given = {"inner": _energy} if kind == "energy" else {"residual": _residual}
+    return Bilevel(outer=_outer, args=args, x=jnp.zeros(3, dtype), y=jnp.zeros(2, dtype), **given)
 
 
 def jacobian(problem: Any, x: Any, y: Any) -> Any:
@@ -37,9 +64,9 @@ def solution(problem: Any, y: Any, x0: Any = None) -> Any:
 
 
 @eqx.filter_jit
-def flat(estimator: Any, problem: Any, x: Any, y: Any) -> Any:
-    """The whole result of an estimator at flat x and y, compiled."""
-    return estimator.estimate(problem, x, y)
+def each(estimators: Any, problem: Any, x: Any, y: Any) -> Any:
+    """The results of several estimators at flat x and y, in one program."""
+    return [how.estimate(problem, x, y) for how in estimators]
 
 
 @eqx.filter_jit

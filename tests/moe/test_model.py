@@ -177,7 +177,7 @@ def test_region_numbers_are_sums_of_powers_of_two():
 def test_the_two_rules_differ_only_in_which_experts_they_keep():
     x, _ = cases.A1_POINT
     slope, logit = cases.a1(2, "slope"), cases.a1(2, "logit")
-    np.testing.assert_array_equal(slope.scores(x)[0], slope.logits(x)[0] - slope.gate_intercept)
+    np.testing.assert_allclose(slope.scores(x)[0], slope.logits(x)[0] - slope.gate_intercept, atol=1e-15)
     np.testing.assert_array_equal(logit.scores(x), logit.logits(x))
 
 

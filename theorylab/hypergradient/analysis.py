@@ -12,7 +12,7 @@ from jax import lax
 from theorylab.core import tree
 from theorylab.core.solution import Status
 from theorylab.hypergradient.estimators import Estimator, NewtonPoint, OnePoint, Plain, as_estimator, compiled, flat_point, plain, turned
-from theorylab.hypergradient.linear import code, solver
+from theorylab.hypergradient.linear import code, fixed_start, solver
 
 Array = jax.Array
 Map = Callable[[Array], Array]
@@ -46,7 +46,7 @@ class EfficiencyConstant(NamedTuple):
 
 
 def singular_triple(forward: Map, backward: Map, rows: Array, steps: int) -> tuple[Array, Array, Array, Array]:
-    """The largest singular value of a map given by products, with its vectors and a residual, by Golub-Kahan bidiagonalization.
+    """The largest singular value of a map A given by products, with its vectors and a residual, by the Lanczos process on A'A.
 
     Args:
         forward: h -> A h.
@@ -54,51 +54,52 @@ def singular_triple(forward: Map, backward: Map, rows: Array, steps: int) -> tup
         rows: an array like A h, for its shape.
         steps: dimension of the Krylov space, at most the smaller side of A; static.
     """
-    start = backward(jax.random.normal(jax.random.key(0), rows.shape, rows.dtype))  # in the row space: `steps` = smaller side is exact
+    start = backward(fixed_start(rows))  # in the row space: a Krylov space of the smaller side is all of it
     eps = 10 * float(jnp.finfo(rows.dtype).eps)
 
-    def unit(w: Array, basis: Array, scale: Array) -> tuple[Array, Array]:
-        for _ in range(2):
-            w = w - basis.T @ (basis @ w)
+    def unit(w: Array, level: Array) -> tuple[Array, Array]:
         length = tree.norm(w)
-        kept = length > eps * scale
+        kept = length > level
         return jnp.where(kept, w / jnp.where(kept, length, jnp.ones_like(length)), jnp.zeros_like(w)), jnp.where(kept, length, jnp.zeros_like(length))
 
-    def step(carry: tuple, j: Array) -> tuple[tuple, tuple[Array, Array]]:
-        V, U, scale = carry
-        u, alpha = unit(forward(V[j]), U, scale)
+    def step(carry: tuple[Array, Array], j: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+        V, scale = carry
+        image = forward(V[j])
+        w, alpha = backward(image), tree.inner(image, image)
+        w = lax.fori_loop(0, 2, lambda _, w: w - (V @ w) @ V, w)  # once more than in exact arithmetic keeps the basis orthogonal
         scale = jnp.maximum(scale, alpha)
-        U = U.at[j].set(u)
-        v, beta = unit(backward(u), V, scale)
-        return (V.at[j + 1].set(v), U, jnp.maximum(scale, beta)), (alpha, beta)
+        v, beta = unit(w, eps * scale)
+        return (V.at[j + 1].set(v), scale), (image, alpha, beta)
 
-    zero = jnp.zeros((), rows.dtype)
-    V = jnp.zeros((steps + 1, *start.shape), rows.dtype).at[0].set(unit(start, jnp.zeros((1, *start.shape), rows.dtype), zero)[0])
-    (V, U, _), (alpha, beta) = lax.scan(step, (V, jnp.zeros((steps, *rows.shape), rows.dtype), zero), jnp.arange(steps))
-    P, values, Q = jnp.linalg.svd(jnp.diag(alpha) + jnp.diag(beta[:-1], 1))
-    left, right = P[:, 0] @ U, Q[0] @ V[:-1]
-    return values[0], left, right, tree.norm(backward(left) - values[0] * right)
+    V = jnp.zeros((steps + 1, *start.shape), rows.dtype).at[0].set(unit(start, jnp.zeros((), rows.dtype))[0])
+    (V, _), (images, alpha, beta) = lax.scan(step, (V, jnp.zeros((), rows.dtype)), jnp.arange(steps))
+    mix = jnp.linalg.eigh(jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1))[1][:, -1]
+    left = mix @ images
+    sigma = tree.norm(left)
+    safe = jnp.where(sigma > 0, sigma, jnp.ones_like(sigma))
+    return sigma, left / safe, mix @ V[:-1], beta[-1] * jnp.abs(mix[-1]) / safe
 
 
-def plain_jacobian(problem: Any, x: Array, y: Array, linear: Any = "auto", outer_only: bool = False) -> tuple[Map, Map, Any, Any, Array]:
-    r"""Products with $\Omega_1$ and its transpose at any (x, y), without forming anything; then linearization, system and adjoint.
+class PlainJacobian:
+    r"""The x-Jacobian of the plain formula at any (x, y) by its products, without forming anything.
 
     $\Omega_1 h = \Lambda_{21} h + J^\top \Lambda_{11} h$ costs one adjoint solve, $\Omega_1^\top u$ one forward solve (companion derivation).
-    `outer_only` drops what depends on F: $G_{21} + J^\top G_{11}$.
+    With 0 in place of the adjoint v only $G_{21} + J^\top G_{11}$ is left.
     """
-    at = problem.at(x, y)
-    system = solver(linear, x.shape[0], problem.symmetric).factor(at, problem.symmetric)
-    v = plain(at, system)[1].value
-    seen = jnp.zeros_like(v) if outer_only else v
 
-    def forward(h: Array) -> Array:
-        return turned(at, system, at.turn(seen, h))[0]
+    def __init__(self, problem: Any, x: Array, y: Array, linear: Any = "auto"):
+        self.at = problem.at(x, y)
+        self.system = solver(linear, x.shape[0], problem.symmetric).factor(self.at, problem.symmetric)
+        self.v = plain(self.at, self.system)[1].value
 
-    def backward(u: Array) -> Array:
-        moved = -system.solve(at.cross_product(u)).value
-        return jax.linear_transpose(lambda h: at.turn(seen, h), x)((moved, u))[0]
+    def forward(self, h: Array, v: Array) -> Array:
+        """The product with h, for the adjoint v."""
+        return turned(self.at, self.system, self.at.turn(v, h))[0]
 
-    return forward, backward, at, system, v
+    def backward(self, u: Array, v: Array) -> Array:
+        """The product of the transpose with u, for the adjoint v."""
+        moved = -self.system.solve(self.at.cross_product(u)).value
+        return jax.linear_transpose(lambda h: self.at.turn(v, h), v)((moved, u))[0]
 
 
 def _constant(estimator: Estimator, problem: Any, x: Array, y: Array) -> EfficiencyConstant:
@@ -108,14 +109,14 @@ def _constant(estimator: Estimator, problem: Any, x: Array, y: Array) -> Efficie
         transposed = jax.linear_transpose(forward, x)
         sigma, left, right, residual = singular_triple(forward, lambda u: transposed(u)[0], y, steps)
         return EfficiencyConstant(sigma, left, right, None, None, None, None, residual, _converged(residual, sigma))
-    forward, backward, at, system, v = plain_jacobian(problem, x, y, estimator.linear)
-    sigma, left, right, residual = singular_triple(forward, backward, y, steps)
-    only, only_back, *_ = plain_jacobian(problem, x, y, estimator.linear, outer_only=True)
-    limit = singular_triple(only, only_back, y, steps)[0]
-    outer, whole = at.turn(jnp.zeros_like(v), right), at.turn(v, right)
-    mixed = whole[1] - outer[1]
-    bent = turned(at, system, (whole[0] - outer[0], jnp.zeros_like(y)))[0]
-    return EfficiencyConstant(sigma, left, right, turned(at, system, outer)[0], mixed, bent, limit, residual, _converged(residual, sigma))
+    J = PlainJacobian(problem, x, y, estimator.linear)
+    # Both constants in one loop: with the adjoint, and with 0 in its place.
+    each = jax.vmap(lambda v: singular_triple(lambda h: J.forward(h, v), lambda u: J.backward(u, v), y, steps))
+    (sigma, limit), (left, _), (right, _), (residual, _) = each(jnp.stack([J.v, jnp.zeros_like(J.v)]))
+    a, c = jax.vmap(lambda v: J.at.turn(v, right))(jnp.stack([jnp.zeros_like(J.v), J.v]))
+    pulled = jax.vmap(lambda a: J.at.cross_pullback(J.system.solve(a, True).value))(a)
+    outer, mixed, bent = c[0] - pulled[0], c[1] - c[0], pulled[0] - pulled[1]
+    return EfficiencyConstant(sigma, left, right, outer, mixed, bent, limit, residual, _converged(residual, sigma))
 
 
 def _converged(residual: Array, sigma: Array) -> Array:
@@ -128,7 +129,7 @@ def efficiency_constant(problem: Any, x: Any, y: Any, estimator: Estimator | Non
     r"""The efficiency constant $C_y = \lVert\Omega_1(x^*(y), y)\rVert$ (paper), with its singular vectors and what it is made of.
 
     The first-order error of an estimator is its Jacobian in x times the inner error, so this is the worst error per unit of inner error. Only
-    products are used: two solves for each step of Golub-Kahan bidiagonalization, at most 60 steps.
+    products are used: two solves for each step of the Lanczos process, at most 60.
 
     Args:
         problem: a bilevel problem.
@@ -170,12 +171,17 @@ def predicted(estimator: Estimator, problem: Any, x: Array, y: Array, delta: Arr
         value = lambda x: estimator.estimate(problem, x, y).value  # noqa: E731
         first, second = jax.jvp(lambda x: jax.jvp(value, (x,), (delta,))[1], (x,), (delta,))
         return PredictedError(first, second / 2)
-    first, twice = jax.jvp(lambda x: plain_jacobian(problem, x, y, estimator.linear)[0](delta), (x,), (delta,))
+
+    def slope(x: Array) -> Array:
+        J = PlainJacobian(problem, x, y, estimator.linear)
+        return J.forward(delta, J.v)
+
+    first, twice = jax.jvp(slope, (x,), (delta,))
     if isinstance(estimator, Plain):
         return PredictedError(first, twice / 2)
-    forward, _, _, system, _ = plain_jacobian(problem, x, y, estimator.linear)
+    J = PlainJacobian(problem, x, y, estimator.linear)
     bend = jax.jvp(lambda x: problem.at(x, y).product(delta), (x,), (delta,))[1]  # F_11[delta, delta]
-    newton = forward(system.solve(bend).value) / 2
+    newton = J.forward(J.system.solve(bend).value, J.v) / 2
     return PredictedError(jnp.zeros_like(first), newton if isinstance(estimator, NewtonPoint) else newton - twice / 2)
 
 

@@ -12,8 +12,8 @@ from theorylab.core import tree
 from theorylab.core.module import choice, number, size
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError
-from theorylab.hypergradient.estimators import Estimator, Hypergradient, assemble, inner_turn, plain
-from theorylab.hypergradient.linear import LinearSolver, NeumannSeries, Solved, code, largest
+from theorylab.hypergradient.estimators import Estimator, Hypergradient, assemble, compiled, inner_turn, linearize, plain
+from theorylab.hypergradient.linear import LinearSolver, NeumannSeries, Solved, code, largest, top_of
 
 Array = jax.Array
 
@@ -164,7 +164,7 @@ class Unrolled(Estimator):
         return assemble(at, implied(at, v), value, inner=first.residual)
 
     def explain(self, problem: Any, x: Array, y: Array) -> None:
-        top = float(largest(problem.at(x, y).product, x))
+        top = float(top_of(compiled(linearize, problem, x, y)))
         eta = None if self.step_size is None else float(self.step_size)
         if eta is not None and eta * top >= 2:
             raise ArgumentError(f"step_size must be below 2/lambda_max = {2 / top:.3g} for gradient descent to converge, got {eta:.3g}")

@@ -345,9 +345,11 @@ def _pack(name: str, value: PyTree, structure: PyTree, dtype: Any) -> Array:
     expected = jax.tree_util.tree_leaves_with_path(structure)
     if len(expected) == 1 and jax.tree.structure(structure) == jax.tree.structure(0):
         return leaf(name, value, expected[0][1].shape, dtype).reshape(-1)
-    if jax.tree.structure(value) != jax.tree.structure(structure):
-        raise ShapeError(f"{name} must be a tree like {jax.tree.structure(structure)}, got {jax.tree.structure(value)}")
-    parts = zip(expected, jax.tree.leaves(value), strict=True)
+    try:
+        found = jax.tree.structure(structure).flatten_up_to(value)
+    except ValueError:
+        raise ShapeError(f"{name} must be a tree like {jax.tree.structure(structure)}, got {jax.tree.structure(value)}") from None
+    parts = zip(expected, found, strict=True)
     return jnp.concatenate([leaf(name + jax.tree_util.keystr(path), part, like.shape, dtype).reshape(-1) for (path, like), part in parts])
 
 

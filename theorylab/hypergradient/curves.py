@@ -11,16 +11,13 @@ import numpy as np
 from jax import lax
 
 from theorylab.core import checks, tree
-from theorylab.core.iterate import iterate
-from theorylab.core.stop import Below
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.hypergradient.analysis import predicted
 from theorylab.hypergradient.estimators import Estimator, Plain, as_estimator, compiled, flat_point
-from theorylab.hypergradient.linear import solver
+from theorylab.hypergradient.inner import reference
 from theorylab.lab.rates import fit_rate
 
 Array = jax.Array
-POLISH_STEPS = 3
 FLOOR = 1e-13
 
 
@@ -49,33 +46,6 @@ def _errors(estimator: Estimator, problem: Any, path: Array, y: Array, solution:
     return ErrorCurve(jnp.linalg.norm(away, axis=1), jnp.linalg.norm(error, axis=1), found.error_estimate, found.status, exact), error
 
 
-def _polished(problem: Any, x: Array, y: Array) -> tuple[Array, Array]:
-    def newton(x: Array, _: None) -> tuple[Array, None]:
-        at = problem.at(x, y)
-        return x - solver("auto", x.shape[0], problem.symmetric).factor(at, problem.symmetric).solve(at.residual).value, None
-
-    x = lax.scan(newton, x, None, length=POLISH_STEPS)[0]
-    at = problem.at(x, y)
-    return x, tree.norm(at.residual) / jnp.maximum(tree.norm(at.product(x)), jnp.finfo(x.dtype).tiny)
-
-
-def reference(problem: Any, y: Array, solution: Any = None, near: Array | None = None) -> Array:
-    """The inner solution at flat y: given, in closed form, or by the default inner method; in each case finished by three Newton steps.
-
-    Raises:
-        ArgumentError: the residual at the end is not at the level of round-off.
-    """
-    x = problem.exact(y) if solution is None else problem.pack_x(solution)
-    if x is None:
-        inner = problem.inner(y)
-        x = iterate(inner, inner.default_method(), near, steps=1000, stop=Below("residual", float(jnp.finfo(problem.dtype).eps) ** 0.75)).value
-    x, left = compiled(_polished, problem, x, y)
-    if not float(left) <= float(jnp.finfo(problem.dtype).eps) ** 0.5:
-        raise ArgumentError(f"the inner solution was not found: after {POLISH_STEPS} Newton steps the relative residual is {float(left):.3g}; "
-                            "pass solution=, closer to it")
-    return x
-
-
 def error_curve(problem: Any, path: Any, y: Any, estimator: Estimator | Mapping[str, Estimator] | None = None, *, solution: Any = None) -> Any:
     r"""The error of an estimator against the inner error, along a path of inner iterates.
 
@@ -84,8 +54,8 @@ def error_curve(problem: Any, path: Any, y: Any, estimator: Estimator | Mapping[
         path: inner iterates, shape (K, n), as `record=tl.whole` keeps them.
         y: hyper-parameters, like the problem's y.
         estimator: an estimator, or a dictionary of named ones; `OnePoint()` unless given.
-        solution: the inner solution, like the problem's x; found from the last iterate unless given. It is finished by three Newton steps,
-            because an error in it bends the curve at its end.
+        solution: the inner solution, like the problem's x; `reference` finds it from the last iterate unless given. It is finished by three
+            Newton steps, because an error in it bends the curve at its end.
 
     Returns:
         An `ErrorCurve`, or a dictionary of them. `tl.fit_rate(curve.inner, curve.outer, within=...)` fits the order: 1 for plain estimators,
@@ -94,7 +64,8 @@ def error_curve(problem: Any, path: Any, y: Any, estimator: Estimator | Mapping[
     Raises:
         ShapeError: path or y does not match the problem.
         NonFiniteInputError: NaN or infinity.
-        ArgumentError: no estimator, or the inner solution was not found.
+        ArgumentError: no estimator.
+        NotConvergedError: the inner solution was not found.
 
     Example:
         >>> from theorylab import hypergradient as hg
@@ -109,13 +80,17 @@ def error_curve(problem: Any, path: Any, y: Any, estimator: Estimator | Mapping[
     return curves if isinstance(estimator, Mapping) else curves[""]
 
 
+def _solution(problem: Any, y: Array, near: Any) -> Array:
+    return problem.pack_x(reference(problem, y, near))
+
+
 def _measured_on(problem: Any, path: Any, y: Any, estimator: Any, solution: Any) -> tuple[Array, Array, dict[str, Estimator], Array]:
     chosen = {name: as_estimator(how) for name, how in estimator.items()} if isinstance(estimator, Mapping) else {"": as_estimator(estimator)}
     path = checks.array("path", path)
     if path.ndim != 2:
         raise ShapeError(f"path must have shape (K, n), one iterate in each row, got {path.shape}")
     _, flat_y = flat_point(problem, path[0], y)
-    return path, flat_y, chosen, reference(problem, flat_y, solution, path[-1])
+    return path, flat_y, chosen, _solution(problem, flat_y, path[-1] if solution is None else solution)
 
 
 class Order(NamedTuple):
@@ -153,7 +128,8 @@ def check_super_efficiency(estimator: Estimator, problem: Any, y: Any, *, soluti
         distances: values of t.
 
     Raises:
-        ArgumentError: no estimator; d is 0; fewer than two distances, or one not above 0; the inner solution was not found.
+        ArgumentError: no estimator; d is 0; fewer than two distances, or one not above 0.
+        NotConvergedError: the inner solution was not found.
 
     Example:
         >>> from theorylab import hypergradient as hg
@@ -173,7 +149,7 @@ def check_super_efficiency(estimator: Estimator, problem: Any, y: Any, *, soluti
     if not float(tree.norm(d)) > 0:
         raise ArgumentError("direction must not be 0")
     d = d / tree.norm(d)
-    x = reference(problem, flat_y, solution)
+    x = _solution(problem, flat_y, solution)
     first, second = compiled(predicted, estimator, problem, x, flat_y, d)
     plain_first = compiled(predicted, Plain(), problem, x, flat_y, d).first
     quadratic = float(tree.norm(first)) <= float(jnp.finfo(x.dtype).eps) ** 0.5 * float(tree.norm(plain_first))

@@ -69,7 +69,7 @@ class Estimator(Module):
 
     def explain(self, problem: Any, x: Array, y: Array) -> None:
         """Raise the reason of a failed status where it can be found: called on the host."""
-        self.solver(problem, x).diagnose(problem.at(x, y))
+        self.solver(problem, x).diagnose(compiled(linearize, problem, x, y))
 
     def solver(self, problem: Any, x: Array) -> LinearSolver:
         """The linear solver for this problem."""
@@ -154,6 +154,10 @@ class OnePoint(Estimator):
         return assemble(at, adjoint, value - error, newton.status, q.status, correction=error)
 
 
+def _as_array(P: Any) -> Any:
+    return checks.array("preconditioner", P) if isinstance(P, (list, np.ndarray)) else P
+
+
 class Preconditioned(Estimator):
     r"""The plain formula at $x - P^{-1} F(x, y)$ (paper); its Jacobian in x is $\Omega_1 (I - P^{-1} F_1)^k$ at the solution.
 
@@ -175,7 +179,7 @@ class Preconditioned(Estimator):
         0.705304444
     """
 
-    preconditioner: Any = "jacobi"
+    preconditioner: Any = eqx.field(default="jacobi", converter=_as_array)
     steps: int = size(1)
 
     def __check_init__(self) -> None:
@@ -183,24 +187,24 @@ class Preconditioned(Estimator):
         P = self.preconditioner
         if isinstance(P, str):
             checks.among("preconditioner", P, PRECONDITIONERS)
-        elif not isinstance(P, (LinearSolver, Factored)) and not callable(P) and np.ndim(P) not in (1, 2):
+        elif not isinstance(P, (LinearSolver, Factored)) and not callable(P) and not (isinstance(P, jax.Array) and P.ndim in (1, 2)):
             raise ArgumentError(f"preconditioner must be a name, a vector, a matrix, a linear solver or a function, got {P!r}")
 
     def check(self, problem: Any, x: Array, y: Array) -> None:
         P = self.preconditioner
-        if isinstance(P, (jax.Array, np.ndarray)) and P.shape not in ((x.size,), (x.size, x.size)):
+        if isinstance(P, jax.Array) and P.shape not in ((x.size,), (x.size, x.size)):
             raise ShapeError(f"preconditioner must have shape ({x.size},) or ({x.size}, {x.size}) to match x, got {P.shape}")
 
     def _inverse(self, problem: Any, at: Any) -> Callable[[Array], Array]:
-        P = self.preconditioner
+        P: Any = self.preconditioner
         if isinstance(P, str) and P == "jacobi":
             return lambda r: r / at.diagonal()
         if isinstance(P, (str, LinearSolver)):
             system = self.system(problem, at) if isinstance(P, str) else P.factor(at, problem.symmetric)
             return lambda r: system.solve(r).value
-        if callable(P):
-            return lambda r: P(at, r)
-        return (P if isinstance(P, Factored) else Factored.of(P)).solve
+        if isinstance(P, (Factored, jax.Array)):
+            return (P if isinstance(P, Factored) else Factored.of(P)).solve
+        return lambda r: P(at, r)
 
     def estimate(self, problem: Any, x: Array, y: Array, *, v0: Array | None = None) -> Hypergradient:
         start = problem.at(x, y)
@@ -271,6 +275,11 @@ def compiled(function: Callable, *arguments: Any) -> Any:
     """
     arrays, static = bind(arguments)
     return _compiled(function, arrays, static=static)
+
+
+def linearize(problem: Any, x: Array, y: Array) -> Any:
+    """`problem.at(x, y)`, to be compiled for host code."""
+    return problem.at(x, y)
 
 
 def _estimate(estimator: Estimator, problem: Any, x: Array, y: Array, v0: Array | None) -> Hypergradient:

@@ -151,7 +151,7 @@ class _System(NamedTuple):
         """F at a flat x."""
         return ravel_pytree(self.residual(unravel(flat), *theta))[0]
 
-    def solve(self, flat: Array, unravel: Callable, theta: tuple, b: Array) -> Array:
+    def solve(self, flat: Array, unravel: Callable, theta: tuple, b: Array) -> Any:
         """The solution of F_1 z = b, differentiable in all arguments."""
         _, product = jax.linearize(lambda z: self.at(z, unravel, theta), flat)
         return lax.custom_linear_solve(product, b, self._apply, None if self.symmetric else self._apply, symmetric=self.symmetric)

@@ -292,6 +292,6 @@ def _reference(problem: BilevelProblem, y: Array, x0: Array) -> tuple[Array, Arr
     if closed is None:
         start = (state, jnp.full((), jnp.inf, x0.dtype), jnp.zeros((), jnp.int32))
         state, last, _ = lax.while_loop(moving, lambda loop: (*advance(Newton(), loop[0]), loop[2] + 1), start)
-    for _ in range(POLISH_STEPS):
-        state, last = advance(Newton(damping=False), state)
+    full = Newton(damping=False)
+    state, last = lax.fori_loop(0, POLISH_STEPS, lambda _, loop: advance(full, loop[0]), (state, last))
     return state.x, last, tree.norm(state.F)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,9 +73,14 @@ def default_tolerance(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) ** (2 / 3)
 
 
+def fixed_start(like: Array) -> Array:
+    """A vector without structure, to start Krylov and power iterations from: random ones would double the size of their programs."""
+    return jnp.cos(jnp.arange(1, like.size + 1, dtype=like.dtype) ** 2).reshape(like.shape)
+
+
 def largest(apply: Any, like: Array, steps: int = POWER_STEPS) -> Array:
     """A lower estimate of the largest eigenvalue of a symmetric positive definite map, by power iteration from a fixed start."""
-    start = jax.random.normal(jax.random.key(0), like.shape, like.dtype)
+    start = fixed_start(like)
 
     def step(q: Array, _: None) -> tuple[Array, Array]:
         image = apply(q)
@@ -82,6 +88,17 @@ def largest(apply: Any, like: Array, steps: int = POWER_STEPS) -> Array:
         return image / jnp.where(length > 0, length, jnp.ones_like(length)), length
 
     return lax.scan(step, start / tree.norm(start), None, length=steps)[1][-1]
+
+
+@eqx.filter_jit
+def _matrix(at: Any) -> Array:
+    return at.matrix()
+
+
+@eqx.filter_jit
+def top_of(at: Any) -> Array:
+    """The estimate of the largest eigenvalue of F_1, compiled: for host code."""
+    return largest(at.product, at.residual)
 
 
 class System(Module):
@@ -158,7 +175,7 @@ class Cholesky(LinearSolver):
 
     def diagnose(self, at: Any) -> None:
         try:
-            checks.definite(NAME, at.matrix())
+            checks.definite(NAME, _matrix(at))
         except MatrixError as error:
             raise MatrixError(f"{error}; or pass linear=LU()") from None
 
@@ -177,7 +194,7 @@ class LU(LinearSolver):
         return _Dense(Factored.of(at.matrix(), "lu"))
 
     def diagnose(self, at: Any) -> None:
-        values = np.linalg.svd(np.asarray(at.matrix()), compute_uv=False)
+        values = np.linalg.svd(np.asarray(_matrix(at)), compute_uv=False)
         if not values[-1] > np.finfo(values.dtype).eps * values[0]:
             raise MatrixError(f"{NAME} must be invertible, its smallest singular value is {values[-1]:.3g} and its largest {values[0]:.3g}; "
                               "add a ridge to the inner problem")
@@ -229,9 +246,8 @@ class CG(LinearSolver):
         return _Conjugate(at, self)
 
     def diagnose(self, at: Any) -> None:
-        matrix = at.matrix() if at.residual.shape[0] <= DENSE_UP_TO else None
-        if matrix is not None:
-            checks.definite(NAME, matrix)
+        if at.residual.shape[0] <= DENSE_UP_TO:
+            checks.definite(NAME, _matrix(at))
 
 
 class _Krylov(System):
@@ -320,7 +336,7 @@ class NeumannSeries(LinearSolver):
         return _Series(at, self.terms, eta, eta * top < 2)
 
     def diagnose(self, at: Any) -> None:
-        top = float(largest(at.product, at.residual))
+        top = float(top_of(at))
         if self.step_size is not None and checks.known(self.step_size) and float(self.step_size) * top >= 2:
             raise ArgumentError(f"step_size must be below 2/lambda_max = {2 / top:.3g} for the Neumann series to converge, "
                                 f"got {float(self.step_size):.3g}")

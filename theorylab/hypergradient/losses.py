@@ -12,7 +12,7 @@ from jax import lax
 
 from theorylab.core import checks
 from theorylab.errors import ArgumentError
-from theorylab.hypergradient.contract import gram, leaf, pull
+from theorylab.hypergradient.contract import gram, pull
 
 Array = jax.Array
 
@@ -148,7 +148,7 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
 
 def signs(name: str, b: Any, A: Array) -> Array:
     """Labels -1 and 1 of the rows of A; one class alone is legal and gives a warning."""
-    labels = leaf(name, b, (len(A),), A.dtype)
+    labels = checks.array(name, b, (len(A),)).astype(A.dtype)
     if checks.known(labels):
         host = np.asarray(labels)
         bad = host[np.abs(host) != 1]

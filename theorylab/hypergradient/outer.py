@@ -246,7 +246,8 @@ class OuterDescent(Method):
         size = state.size if self.step_size is None else jnp.asarray(at_step(self.step_size, state.step), old.y.dtype)
         new, counts, steps, unsolved, failed = self._solve(problem, old.y - size * old.gradient, old.x, old.v, key)
         counts = {name: before + counts[name] for name, before in state.counts.items()}
-        state = state._replace(step=state.step + 1, counts=counts, inner_steps=steps, unsolved=state.unsolved + unsolved, failed=state.failed + failed)
+        state = state._replace(step=state.step + 1, counts=counts, inner_steps=steps, unsolved=state.unsolved + unsolved,
+                               failed=state.failed + failed)
         return state._replace(at=new, size=size) if self.step_size is not None else self._judged(state, new, size)
 
     @staticmethod

@@ -13,7 +13,7 @@ from theorylab.core import checks, tree
 from theorylab.core.module import Module
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError, MatrixError, NoClosedFormError
-from theorylab.hypergradient.estimators import Estimator, Hypergradient, OnePoint, assemble, inner_turn, plain, turned
+from theorylab.hypergradient.estimators import Estimator, Hypergradient, OnePoint, assemble, compiled, inner_turn, linearize, plain, turned
 from theorylab.hypergradient.linear import LinearSolver, Solved, code, solver
 
 Array = jax.Array
@@ -110,7 +110,7 @@ class Reparametrized(Estimator):
 
     def explain(self, problem: Any, x: Array, y: Array) -> None:
         if self.map == "exponential":
-            at = problem.at(x, y)
+            at = compiled(linearize, problem, x, y)
             self.solver(problem, x).diagnose(Shifted(at, at.residual / x))
         elif isinstance(self.map, str):
             super().explain(problem, x, y)

@@ -111,8 +111,8 @@ def _moved(kind: Any, gradient: Array, x: Array, eta: Any, pull: Any, normal: st
     if kind is False:
         return (-jnp.asarray(eta, gradient.dtype) * gradient).astype(gradient.dtype)
     if x.ndim < 2 or x.shape[-1] > x.shape[-2]:
-        raise ShapeError(f"a constrained leaf must have shape (..., n, p) with p at most n, got {x.shape}; transpose it, or mark it False in constraint")
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+        raise ShapeError(f"a constrained leaf must have shape (..., n, p) with p at most n, got {x.shape}; transpose it, or mark it False")
+    dtype = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
     pair = kind if isinstance(kind, TwoSamples) else (kind,)
     operators = [as_operator("constraint", None if k is True else k, x.shape[-2], dtype=dtype) for k in pair]
 
@@ -144,9 +144,9 @@ class _State(NamedTuple):
 class OptaxMethod(Method):
     """An optax optimizer as a method: `iterate(problem, OptaxMethod(optax.adam(1e-2)), ...)`.
 
-    The gradient is the one the problem gives (the oracle of a Stiefel problem on its batch, or a method `gradient`), else the derivative of its metric
-    `objective`. Optimizers that ask for more get `value`, `grad`, `value_fn` and, for Stiefel problems, `constraint`, the operators B of the data
-    or of the batch, which `landing` uses. Another `tx` recompiles; `optax.inject_hyperparams` keeps its numbers in the state.
+    The gradient is the one the problem gives (the oracle of a Stiefel problem on its batch, or a method `gradient`), else the derivative of its
+    metric `objective`. Optimizers that ask for more get `value`, `grad`, `value_fn` and, for Stiefel problems, `constraint`, the operators B of the
+    data or of the batch, which `landing` uses. Another `tx` recompiles; `optax.inject_hyperparams` keeps its numbers in the state.
 
     Args:
         tx: a gradient transformation that returns updates to be added.
@@ -202,5 +202,6 @@ class OptaxMethod(Method):
 def _objective(problem: Problem, x: Any) -> Array:
     row = problem.metrics(x)
     if "objective" not in row:
-        raise ArgumentError(f"OptaxMethod needs a problem that measures its objective; {type(problem).__name__} measures {', '.join(row) or 'nothing'}")
+        raise ArgumentError(f"OptaxMethod needs a problem that measures its objective, {type(problem).__name__} measures "
+                            f"{', '.join(row) or 'nothing'}")
     return row["objective"]

@@ -196,7 +196,7 @@ class _Solved(_Estimator):
         if not sol.status.good:
             warnings.warn(f"{type(self).__name__} did not converge in {self.max_iter} steps (status {sol.status.name}); raise max_iter or tol",  # type: ignore[attr-defined]
                           ConvergenceWarning, stacklevel=3)
-        self.n_iter_ = int(sol.steps)
+        self.n_iter_ = max(int(sol.steps), 1)
         return np.asarray(polish(problem, sol.value))
 
     def _rank(self, X: np.ndarray) -> int:

@@ -13,6 +13,7 @@ from theorylab.moe.regions import (
     region_masses as region_masses,
 )
 from theorylab.moe.starts import (
+    best_start as best_start,
     dense_first as dense_first,
     kmeans as kmeans,
     near as near,

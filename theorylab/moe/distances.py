@@ -1,8 +1,8 @@
 r"""Distances between conditional densities, averaged over the law of x: Hellinger, total variation, Kullback-Leibler.
 
-All three are means of a function of $\ell = \log(q/p)$ under the half-half mixture of the two densities, so one integrand serves quadrature and Monte Carlo:
-$h^2$ of $1 - 1/\cosh(\ell/2)$, the total variation of $|\tanh(\ell/2)|$, and the divergence of $2(\tanh(\ell/2) - \ell/(1+e^\ell))$, none of which
-is negative.
+All three are means of a function of $\ell = \log(q/p)$ under the half-half mixture of the two densities, so one integrand serves quadrature and
+Monte Carlo: $h^2$ of $1 - 1/\cosh(\ell/2)$, the total variation of $|\tanh(\ell/2)|$, and the divergence of
+$2(\tanh(\ell/2) - \ell/(1+e^\ell))$, none of which is negative.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = jax.Array
 SPREAD = (0.0, 1.2, 2.5, 4.0, 6.0, 9.0)  # panel edges around a mean, in standard deviations; beyond nine the mass is below 1e-18
 TRANSITION = (0.0, 2.0, 6.0, 15.0, 40.0)  # panel edges around a crossing of two logits, in units of the logit: e^-40 is below round-off
 NODES, PLANE_NODES = 16, 8  # of each piece in y and, for d = 1, in x; on each axis for d = 2
-ROWS = 64  # points x that are integrated over y side by side: bounds the memory
+ROWS = 32  # points x that are integrated over y side by side: bounds the memory
 SECANTS = 3
 
 
@@ -35,7 +35,8 @@ class Estimate(NamedTuple):
     standard_error: Array
 
 
-def hellinger(p: Any, q: Any, law: Any, *, average: str = "rms", key: Key | int | None = None, samples: int = 100_000, panels: int | None = None) -> Estimate:
+def hellinger(p: Any, q: Any, law: Any, *, average: str = "rms", key: Key | int | None = None, samples: int = 100_000,
+              panels: int | None = None) -> Estimate:
     r"""The Hellinger distance $H = (\mathbb{E}_X h^2)^{1/2}$ of two mixtures, with $h^2 = \tfrac12\int(\sqrt{p} - \sqrt{q})^2\,dy$.
 
     Args:
@@ -135,10 +136,11 @@ def _measure(p: Any, q: Any, law: Any, kind: str, key: Any, samples: int, panels
     checks.same_dtype(p=p.variance, q=q.variance)
     law, box = _read(law, p.dim)
     if isinstance(law, tuple) and not box:
-        return _summed(p, q, *(part.astype(p.dtype) for part in law), kind=kind)
+        return _summed(p, q, law[0].astype(p.dtype), law[1].astype(p.dtype), kind=kind)
     if isinstance(law, tuple) and p.dim <= 2:
         cut = (32, 4)[p.dim - 1] if panels is None else checks.whole("panels", panels, low=1)
-        return _summed(p, q, *_box(p, q, *(corner.astype(p.dtype) for corner in law), cut), kind=kind)
+        points, weights = _box(p, q, law[0].astype(p.dtype), law[1].astype(p.dtype), cut)
+        return _summed(p, q, points, weights, kind=kind)
     if kind == "mean":
         raise ArgumentError("average='mean' needs the distance at each x: draw the points and pass law=(points, weights), or use average='rms'")
     if key is None:
@@ -166,7 +168,7 @@ def _read(law: Any, dim: int) -> tuple[Any, bool]:
     points = checks.array("points of law", law[0], (None, dim))
     weights = checks.array("weights of law", law[1], (len(points),))
     if checks.known(weights) and not (float(jnp.min(weights)) >= 0 and float(jnp.sum(weights)) > 0):
-        raise ArgumentError(f"weights of law must not be negative nor all zero, got {float(jnp.min(weights)):g} at least and sum {float(jnp.sum(weights)):g}")
+        raise ArgumentError(f"weights of law must not be negative nor all zero, got a smallest one of {float(jnp.min(weights)):g}")
     return (points, weights / jnp.sum(weights)), False
 
 

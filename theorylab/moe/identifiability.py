@@ -121,9 +121,10 @@ def null_directions(mixture: Mixture, x: Any) -> np.ndarray:
 def admissible_multiplicities(truth: Mixture, experts: int, active: int, x: Any) -> list[tuple[int, ...]]:
     r"""Numbers of copies $m_j$ of the true experts with which a model of `experts` experts, `active` kept, has the true density.
 
-    Copies share the weight of their expert. For K of at least 2 the condition is $\sum_{j \in L} m_j = \bar K$ for every region L that occurs; with K = 1 it is
-    $m_j \ge \bar K$ for every active expert. In logit mode shared weights lower the scores, so all active $m_j$ must be equal as well, and no
-    less than those of experts that are never active (companion derivation; the paper requires $\bar K$ to be at least the largest of the sums).
+    Copies share the weight of their expert. For K of at least 2 the condition is $\sum_{j \in L} m_j = \bar K$ for every region L that occurs;
+    with K = 1 it is $m_j \ge \bar K$ for every active expert. In logit mode shared weights lower the scores, so all active $m_j$ must be equal as
+    well, and no larger than those of experts that are never active (companion derivation; the paper requires $\bar K$ to be at least the largest
+    of the sums).
 
     Args:
         truth: the true mixture.
@@ -199,7 +200,7 @@ class Identifiability:
                  ["dead experts", ", ".join(map(str, graph.dead)) or "none"],
                  ["free gate directions", f"{self.free}" + (" (K = 1: only the partition is identified)" if self.partition_only else "")],
                  ["identified parameters", str(self.parameters)],
-                 ["closest experts", "none" if self.closest is None else f"{self.closest[0]} and {self.closest[1]}, at distance {self.separation:.4g}"],
+                 ["closest experts", f"{' and '.join(map(str, self.closest))}, at distance {self.separation:.4g}" if self.closest else "none"],
                  ["diverging gates", ", ".join(f"{i} and {j}" for i, j in self.diverging) or "none"]]
         return lines + ([["tied points", f"{self.ties:.3g}: the lower index is kept there"]] if self.ties > 0 else [])
 

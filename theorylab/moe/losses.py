@@ -104,8 +104,9 @@ def _terms(fit: Mixture, truth: Mixture, cells: Array, kind: str, smooth: Any = 
 def voronoi_loss(fit: Mixture, truth: Mixture, kind: str = "exact", *, align: str | None = None, norm: str = "l2", features: str = "all") -> Array:
     r"""The loss D1 or D2 of a fitted mixture.
 
-    The term of a true atom j with cell $C_j$ is $\sum_{i \in C_j} e^{\beta_{0i}} D_{ij} + |\sum_{i \in C_j} e^{\beta_{0i}} - e^{\beta^*_{0j}}|$; the loss is the maximum over
-    sets of K true atoms of the sum of their terms, K = `truth.active`, that is the sum of the K largest terms. `kind` says what $D_{ij}$ is:
+    The term of a true atom j with cell $C_j$ is
+    $\sum_{i \in C_j} e^{\beta_{0i}} D_{ij} + |\sum_{i \in C_j} e^{\beta_{0i}} - e^{\beta^*_{0j}}|$; the loss is the maximum over sets of K
+    true atoms of the sum of their terms, K = `truth.active`, that is the sum of the K largest terms. `kind` says what $D_{ij}$ is:
 
     * `"exact"`: $\|\Delta\beta_1\| + \|\Delta a\| + |\Delta b| + |\Delta\sigma|$ (paper, D1).
     * `"over_specified"`: the same in cells of one atom, else $\|\Delta\beta_1\|^r + \|\Delta a\|^{r/2} + |\Delta b|^r + |\Delta\sigma|^{r/2}$ with
@@ -158,8 +159,8 @@ def align(fit: Mixture, truth: Mixture, how: str = "reference", *, kind: str = "
     Cells are found from the experts alone.
 
     * `"reference"`: the cell of the last true atom gets its total weight and, as weighted mean, its gate slope.
-    * `"infimum"`: the translation that minimises the loss `kind`; it is jointly convex in $(e^{t_0}, e^{t_0} t_1)$ and is minimised by Newton steps on
-      smoothed norms, whose smoothing shrinks to 1e-10. The loss of companion paper C has this infimum in its definition.
+    * `"infimum"`: the translation that minimises the loss `kind` for these cells; it is jointly convex in $(e^{t_0}, e^{t_0} t_1)$ and is minimised
+      by Newton steps on smoothed norms, whose smoothing shrinks to 1e-10. The earlier paper on the dense gate has this infimum in its loss.
 
     Args:
         fit: the fitted mixture.

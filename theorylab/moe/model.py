@@ -5,6 +5,7 @@ Source: Nguyen, Akbarian, Yan and Ho, "Statistical Perspective of Top-K Sparse S
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -218,19 +219,15 @@ class Mixture(Module):
         """
         if np.ndim(x) == 0:
             n = checks.whole("x", x, low=1)
-            unit = jax.random.uniform(stream(key, "inputs"), (n, self.dim), self.dtype)
             if checks.known(low, high) and not np.all(np.asarray(low) < np.asarray(high)):
                 raise ArgumentError(f"low must be below high, got {np.asarray(low)} and {np.asarray(high)}")
-            low, high = jnp.asarray(low, self.dtype), jnp.asarray(high, self.dtype)
-            x = low + (high - low) * unit
+            x = _uniform(self, stream(key, "inputs"), jnp.asarray(low, self.dtype), jnp.asarray(high, self.dtype), n)
         x = self.inputs(x)
         return Draw(x, self.sample_experts(x, key=key)[0])
 
     def sample_experts(self, x: Any, *, key: Key | int) -> tuple[Array, Array]:
         """Responses at `x` and the index of the expert that each came from, both of shape `(n,)`."""
-        x, key = self.inputs(x), as_key(key)
-        u = jax.random.uniform(stream(key, "experts"), x.shape[:1], self.dtype)
-        return density.respond(self, x, u, jax.random.normal(stream(key, "noise"), x.shape[:1], self.dtype))
+        return _sampled(self, self.inputs(x), as_key(key))
 
     def canonical(self) -> Self:
         """The same density with the gate of the last expert 0: gates are defined up to one common translation."""
@@ -272,7 +269,7 @@ class Mixture(Module):
         if self.experts > 30:
             raise ArgumentError(f"region_ids codes sets as integers of 31 bits, for at most 30 experts, got {self.experts}; compare rows of routing")
         bits = jnp.asarray(2 ** np.arange(self.experts), jnp.int32)
-        return jnp.sum(self.routing(x) * bits, axis=1, dtype=jnp.int32)
+        return self.routing(x).astype(jnp.int32) @ bits
 
     def region_masses(self, law: Any = (0.0, 1.0), **options: Any) -> Any:
         """Probabilities of the sets of experts: see `moe.region_masses`."""
@@ -327,7 +324,7 @@ def example(name: str, *, active: int | None = None, selection: str | None = Non
     if name not in _SETTINGS:
         raise UnknownNameError.of("example", name, _SETTINGS)
     *arrays, kept, rule = _SETTINGS[name]
-    return Mixture(*(jnp.asarray(a) for a in arrays), kept if active is None else active, rule if selection is None else selection)
+    return Mixture(*(np.asarray(a) for a in arrays), kept if active is None else active, rule if selection is None else selection)
 
 
 def weyl_sample(mixture: Mixture, n: int, low: float = 0.0, high: float = 1.0) -> Draw:
@@ -342,7 +339,22 @@ def weyl_sample(mixture: Mixture, n: int, low: float = 0.0, high: float = 1.0) -
     """
     if mixture.dim != 1:
         raise ArgumentError(f"weyl_sample makes data of one input, got a mixture of {mixture.dim}; use mixture.sample")
-    at = jnp.arange(checks.whole("n", n, low=1), dtype=mixture.dtype) + 0.5
+    return Draw(*_weyl(mixture, low, high, checks.whole("n", n, low=1)))
+
+
+@partial(jax.jit, static_argnames="n")
+def _weyl(mixture: Mixture, low: Any, high: Any, n: int) -> tuple[Array, Array]:
+    at = jnp.arange(n, dtype=mixture.dtype) + 0.5
     x = (low + (high - low) * at / n)[:, None]
-    y, _ = density.respond(mixture, x, (at * 0.7548776662466927) % 1.0, ndtri((at * 0.6180339887498949) % 1.0))
-    return Draw(x, y)
+    return x, density.respond(mixture, x, (at * 0.7548776662466927) % 1.0, ndtri((at * 0.6180339887498949) % 1.0))[0]
+
+
+@partial(jax.jit, static_argnames="n")
+def _uniform(mixture: Mixture, key: Array, low: Array, high: Array, n: int) -> Array:
+    return low + (high - low) * jax.random.uniform(key, (n, mixture.dim), mixture.dtype)
+
+
+@jax.jit
+def _sampled(mixture: Mixture, x: Array, key: Array) -> tuple[Array, Array]:
+    u = jax.random.uniform(stream(key, "experts"), x.shape[:1], x.dtype)
+    return density.respond(mixture, x, u, jax.random.normal(stream(key, "noise"), x.shape[:1], x.dtype))

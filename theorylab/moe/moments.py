@@ -7,6 +7,7 @@ add the same sums (companion derivation: all of them are one matrix product of r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -150,6 +151,7 @@ def over_chunks(function: Any, problem: Any, mask: Array | None = None) -> Any:
     return tree.strong(total if problem.axis is None else jax.lax.psum(total, problem.axis))
 
 
+@partial(jax.jit, static_argnames="curvature")
 def statistics(problem: Any, mixture: Any, mask: Array | None = None, *, curvature: bool = True) -> Statistics:
     """The sums of one pass over the data of `problem` at `mixture`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, Self
 
 import equinox as eqx
@@ -77,7 +78,7 @@ class Likelihood(Problem):
         self.x = checks.array("x", x, (None, None))
         n = self.x.shape[0]
         self.y = checks.array("y", y, (n,))
-        self.weight = jnp.ones(n, self.y.dtype) if weight is None else checks.array("weight", weight, (n,))
+        self.weight = jnp.asarray(np.ones(n, self.y.dtype)) if weight is None else checks.array("weight", weight, (n,))
         checks.same_dtype(x=self.x, y=self.y, weight=self.weight)
         self._settings(experts, active, selection, chunk, axis, per_pass)
         total, self.center, self.scale, self.spread = _describe(self.x, self.y, self.weight, axis)
@@ -91,15 +92,16 @@ class Likelihood(Problem):
         self.chunk, self.axis, self.per_pass = checks.whole("chunk", chunk, low=1), axis, per_pass
 
     def _check_data(self, total: Array) -> None:
-        if not bool(jnp.all(self.weight >= 0)):
-            raise ArgumentError(f"weight must not be negative, got {float(jnp.min(self.weight)):g} at index {int(jnp.argmin(self.weight))}")
-        used, needed = int(jnp.sum(self.weight > 0)), self.experts * (self.dim + 2)
+        weight = np.asarray(self.weight)
+        if not (weight >= 0).all():
+            raise ArgumentError(f"weight must not be negative, got {weight.min():g} at index {int(weight.argmin())}")
+        used, needed = int((weight > 0).sum()), self.experts * (self.dim + 2)
         if used < needed:
             raise ArgumentError(f"x must have at least experts (d + 2) = {needed} rows of positive weight, got {used}; use fewer experts")
         if not float(self.spread) > 0:
             raise ArgumentError(f"y must vary, got {float(self.y[0]):g} in every row: the likelihood of a constant is unbounded")
-        z = (self.x - self.center) / self.scale
-        values = np.linalg.eigvalsh(np.asarray(jnp.einsum("n,ni,nj->ij", self.weight, z, z) / total))
+        z = (np.asarray(self.x) - np.asarray(self.center)) / np.asarray(self.scale)
+        values = np.linalg.eigvalsh((z * np.asarray(self.weight)[:, None]).T @ z / float(total))
         if values[0] < 100 * self.dim * float(jnp.finfo(self.x.dtype).eps):
             warnings.warn("the columns of x and the intercept are linearly dependent (a constant or repeated column?): the fit is well defined, "
                           "its coefficients are not; drop the column", RunWarning, stacklevel=3)
@@ -188,10 +190,10 @@ class Likelihood(Problem):
         return mixture
 
     def start(self, key: Key) -> Mixture:
-        """Clusters of (x, y): see `kmeans`."""
-        from theorylab.moe.starts import kmeans
+        """The best of several short fits from clusters of (x, y): see `best_start`."""
+        from theorylab.moe.starts import best_start
 
-        return kmeans(self, key=key)
+        return best_start(self, key=key)
 
     def metrics(self, x: Mixture) -> dict[str, Array]:
         """`log_likelihood` of the data, with the routing of the mixture."""
@@ -235,6 +237,7 @@ def _positive_root(variance: Array) -> Array:
     return jnp.sqrt(jnp.where(variance > 0, variance, jnp.ones_like(variance)))
 
 
+@partial(jax.jit, static_argnames="axis")
 def _describe(x: Array, y: Array, weight: Array, axis: str | None) -> tuple[Array, Array, Array, Array]:
     """Total weight, center and scale of x, variance of y."""
     add = (lambda a: a) if axis is None else (lambda a: jax.lax.psum(a, axis))

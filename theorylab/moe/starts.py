@@ -101,7 +101,7 @@ def kmeans(likelihood: Likelihood, *, key: Key | int) -> Mixture:
         >>> kmeans(likelihood, key=0).experts
         2
     """
-    return _from_share(_checked(likelihood), _clusters(likelihood, as_key(key)), GATE_STEPS)
+    return _kmeans(_checked(likelihood), as_key(key))
 
 
 def random_responsibilities(likelihood: Likelihood, *, key: Key | int) -> Mixture:
@@ -120,8 +120,12 @@ def random_responsibilities(likelihood: Likelihood, *, key: Key | int) -> Mixtur
         >>> random_responsibilities(likelihood, key=0).active
         2
     """
-    rows = _checked(likelihood).y.shape[0]
-    labels = jax.random.randint(stream(as_key(key), "labels"), (rows,), 0, likelihood.experts)
+    return _random(_checked(likelihood), stream(as_key(key), "labels"))
+
+
+@jax.jit
+def _random(likelihood: Likelihood, key: Key) -> Mixture:
+    labels = jax.random.randint(key, likelihood.y.shape, 0, likelihood.experts)
     return _from_share(likelihood, _one_hot(labels, likelihood), 1)
 
 
@@ -149,9 +153,48 @@ def dense_first(likelihood: Likelihood, *, key: Key | int, steps: int = 100) -> 
     return Mixture.from_matrices(fit.gate_matrix, fit.expert_matrix, fit.variance, likelihood.active, likelihood.selection)
 
 
+def best_start(likelihood: Likelihood, *, key: Key | int, starts: int = 8, steps: int = 30) -> Mixture:
+    """The best, by the likelihood, of several short fits by EM from `kmeans`, made in one batch.
+
+    Args:
+        likelihood: the problem.
+        key: seed or JAX key.
+        starts: how many.
+        steps: of EM from each.
+
+    Raises:
+        ArgumentError: not a `Likelihood` in memory, or a number is below 1.
+
+    Example:
+        >>> from theorylab import moe
+        >>> likelihood = moe.Likelihood(*moe.weyl_sample(moe.example("S2"), 400), experts=2, active=2)
+        >>> float(likelihood.log_likelihood(best_start(likelihood, key=0))) > -430
+        True
+    """
+    checks.whole("steps", steps, low=1)
+    keys = jax.random.split(as_key(key), checks.whole("starts", starts, low=1))
+    fits, values = _fits(_checked(likelihood), keys, jnp.asarray(steps, jnp.int32))
+    return jax.tree.map(lambda leaf: leaf[jnp.nanargmax(values)], fits)
+
+
+@jax.jit
+def _fits(likelihood: Likelihood, keys: Key, steps: Array) -> tuple[Mixture, Array]:
+    def one(key: Key) -> tuple[Mixture, Array]:
+        run = iterate(likelihood, EM(), kmeans(likelihood, key=key), steps=steps, keep="last")
+        return run.value, jnp.asarray(run.history["log_likelihood"])[-1]
+
+    return jax.vmap(one)(keys)
+
+
+@jax.jit
+def _kmeans(likelihood: Likelihood, key: Key) -> Mixture:
+    return _from_share(likelihood, _clusters(likelihood, key), GATE_STEPS)
+
+
 def _checked(likelihood: Any) -> Likelihood:
-    if not isinstance(likelihood, Likelihood):
-        raise ArgumentError(f"likelihood must be a Likelihood, got {type(likelihood).__name__}")
+    if not isinstance(likelihood, Likelihood) or likelihood.per_pass is not None:
+        kind = "a streamed one" if isinstance(likelihood, Likelihood) else type(likelihood).__name__
+        raise ArgumentError(f"likelihood must be a Likelihood with its rows in memory, got {kind}")
     return likelihood
 
 

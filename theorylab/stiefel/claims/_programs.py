@@ -107,7 +107,9 @@ def at(b: np.ndarray, x: np.ndarray, g: np.ndarray) -> Instances:
 
 def feasible(b: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Points with X'BX = I and the span of X."""
-    return x @ power(sym(t(x) @ b @ x), -0.5)
+    for _ in range(2):                                                                  # the second removes the round-off of the first
+        x = x @ power(sym(t(x) @ b @ x), -0.5)
+    return x
 
 
 def instances(seed: int, shape: Shape, trials: int, *, spread: float = 1e3, distance: float | np.ndarray = 0.9) -> Instances:

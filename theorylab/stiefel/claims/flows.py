@@ -26,7 +26,7 @@ def _velocity(b: np.ndarray, objective: Any, tangent: str, attraction: float, ki
 
 
 def _ratio(h: np.ndarray) -> np.ndarray:
-    """h (I + h)^-1, which the flow multiplies by a number."""
+    """The matrix h (I + h)^-1, which the flow multiplies by a number."""
     return h @ np.linalg.inv(np.eye(len(h)) + h)
 
 
@@ -45,7 +45,8 @@ def _(check: Check, times: tuple[float, ...]) -> None:
     for b, x, h0 in zip(one.b, one.x, one.h, strict=True):
         for name, objective in objectives.items():
             for tangent in ("relative", "relative_solved")[: 1 if name == "none" else 2]:
-                run = solve_ivp(_velocity(b, objective, tangent, omega, "newton_schulz"), (0, times[-1]), x.ravel(), t_eval=times, rtol=1e-11, atol=1e-12)
+                velocity = _velocity(b, objective, tangent, omega, "newton_schulz")
+                run = solve_ivp(velocity, (0, times[-1]), x.ravel(), t_eval=times, rtol=1e-11, atol=1e-12)
                 for time, flat in zip(times, run.y.T, strict=True):
                     h = residuals(b, flat.reshape(n, p))
                     off[name].append(float(norm(_ratio(h) - np.exp(-2 * omega * time) * _ratio(h0))))
@@ -63,8 +64,9 @@ def _(check: Check, times: tuple[float, ...]) -> None:
 
 
 @claim("stiefel.step-limits", source=DERIVED,
-       statement=r"Near $h = 0$ the normal term alone converges for $\eta\omega < 1$ (term $Xh$) or $\eta\omega\beta_1 < 1$ ($BXh$, if X reaches the leading "
-                 r"eigenvector of B), and not beyond. At $\eta\omega = 1$ the first oscillates with $\lVert h\rVert \approx \sqrt{p/(4k)}$.",
+       statement=r"Near $h = 0$ the normal term alone converges for $\eta\omega < 1$ (term $Xh$) or $\eta\omega\beta_1 < 1$ ($BXh$, if X reaches "
+                 r"the leading eigenvector of B), and not beyond. At $\eta\omega = 1$ the first oscillates with $\lVert h\rVert \approx "
+                 r"\sqrt{p/(4k)}$.",
        fast={"steps": 3000}, full={"steps": 30_000})
 def _(check: Check, steps: int) -> None:
     n, p = 6, 2

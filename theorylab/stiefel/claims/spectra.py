@@ -56,8 +56,9 @@ def _sorted(values: np.ndarray) -> np.ndarray:
 
 @claim("stiefel.local-spectrum", source=DERIVED,
        statement=r"At a solution of the generalized eigenvalue problem the derivative of the field has $p(p-1)/2$ zeros, normal eigenvalues "
-                 r"$\omega(\mu_i + \mu_j)$ with $\mu$ those of $X^\top B^2X$ (or $2\omega$ for the normal term $Xh$), and tangential ones: for $\Psi_R$ "
-                 r"exactly $\lambda_i - \lambda_j$, $i \le p < j$; for $\Psi_B$ those of $K \to \frac12(P_{22}D(K)P_{11} - P_{21}D(K)^\top P_{21})$.",
+                 r"$\omega(\mu_i + \mu_j)$ with $\mu$ those of $X^\top B^2X$ (or $2\omega$ for the normal term $Xh$), and tangential ones: for "
+                 r"$\Psi_R$ exactly $\lambda_i - \lambda_j$, $i \le p < j$; for $\Psi_B$ those of $K \to \frac12(P_{22}D(K)P_{11} - P_{21}D(K)^\top "
+                 r"P_{21})$.",
        fast={"count": 8}, full={"count": 32})
 def _(check: Check, count: int) -> None:
     a, b, vectors = _pencils(17, 5.0, count)
@@ -65,7 +66,8 @@ def _(check: Check, count: int) -> None:
     operators, omega = _operators(b, vectors), 0.7
     pairs = list(combinations_with_replacement(range(P), 2))
     squares = np.linalg.eigvalsh(t(x) @ b @ b @ x)
-    pulls = {"gradient": omega * np.stack([squares[:, i] + squares[:, j] for i, j in pairs], -1), "newton_schulz": np.full((count, len(pairs)), 2 * omega)}
+    pulls = {"gradient": omega * np.stack([squares[:, i] + squares[:, j] for i, j in pairs], -1),
+             "newton_schulz": np.full((count, len(pairs)), 2 * omega)}
     for tangent, kind in (("relative", "gradient"), ("relative_solved", "newton_schulz")):
         found = np.linalg.eigvals(np.asarray(_jacobians(a, b, x, omega, tangent, kind)))
         tangential = np.linalg.eigvals(operators[tangent])
@@ -78,8 +80,8 @@ def _(check: Check, count: int) -> None:
 
 
 @claim("stiefel.conditioning", source=DERIVED,
-       statement=r"With a fixed generalized spectrum the tangential condition number of $\Psi_B$ grows like $\kappa_B$ to $\kappa_B^2$ and that of PLAM "
-                 r"more slowly, while that of $\Psi_R$ does not depend on $\kappa_B$.",
+       statement=r"With a fixed generalized spectrum the tangential condition number of $\Psi_B$ grows like $\kappa_B$ to $\kappa_B^2$ and that of "
+                 r"PLAM more slowly, while that of $\Psi_R$ does not depend on $\kappa_B$.",
        fast={"count": 8}, full={"count": 64})
 def _(check: Check, count: int) -> None:
     medians: dict[str, list[float]] = {name: [] for name in EXPECTED}
@@ -116,6 +118,6 @@ def _(check: Check, steps: int) -> None:
     limit = 2 / (VALUES[0] - VALUES[-1])
     for share in (0.97, 1.03):
         path = np.asarray(follow(a, b, x, share * limit, 0.5 / (share * limit), steps, "relative_solved", "newton_schulz"))[:, 0]
-        away = norm(t(vectors[0, :, P:]) @ b[0] @ path)[-1]
+        away = norm(t(vectors[0, :, P:]) @ b[0] @ path)
         label = f"relative_solved: distance to the solution at {share:g} of the largest step"
-        check.below(label, away, 1e-6) if share < 1 else check.above(label, away, 1e-2)
+        check.below(label, away[-1], 1e-6) if share < 1 else check.above(label, np.nanmax(away), 1e-2)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from theorylab.lab.claims import claim
@@ -38,14 +37,17 @@ CASES = (("relative", "gradient"), ("relative_solved", "newton_schulz"))
 
 
 @partial(jax.jit, static_argnames=("tangent", "normal"))
-def _steps(one: Any, omega: Any, radius: Any, tangent: str, normal: str) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Landing fields, and their safe steps by each rule."""
-    b, x, g, bx, solved = one
-    field = jax.vmap(lambda g, x, bx, solved, omega: fields.landing_field(g, x, bx, omega, tangent=tangent, normal=normal, solved=solved))(
-        g, x, bx, solved, omega)
-    of = lambda rule: jax.vmap(lambda x, field, b, radius, omega: safe_step_size(  # noqa: E731
-        x, field, b, radius, rule, attraction=omega, normal=normal))(x, field, b, radius, omega)
-    return field, {rule: of(rule) for rule in ("exact", "rigorous", "official")}
+def _fields(one: Any, omega: Any, tangent: str, normal: str) -> jax.Array:
+    _, x, g, bx, solved = one
+    return fields.landing_field(g, x, bx, omega[:, None, None], tangent=tangent, normal=normal, solved=solved)
+
+
+@partial(jax.jit, static_argnames=("rule", "normal"))
+def _steps(one: Any, field: Any, omega: Any, radius: Any, ends: Any, rule: str, normal: str = "gradient") -> jax.Array:
+    """The safe step of each trial by one rule."""
+    step = lambda x, field, b, radius, omega, low, high: safe_step_size(  # noqa: E731
+        x, field, b, radius, rule, attraction=omega, normal=normal, spectrum=(low, high))
+    return jax.vmap(step)(one[1], field, one[0], radius, omega, *ends)
 
 
 def _first_crossing(h: np.ndarray, w: np.ndarray, z: np.ndarray, level: float) -> float:
@@ -58,48 +60,52 @@ def _first_crossing(h: np.ndarray, w: np.ndarray, z: np.ndarray, level: float) -
 
 @claim("stiefel.safe-step", source=BOTH,
        statement=r"No step up to $\eta_{safe} = (\omega n^2 + \sqrt{\omega^2n^4 + \frac12 L_N l^2(\epsilon^2 - d^2)})/(L_N l^2)$, $L_N = \beta_1(2 + "
-                 r"3\epsilon)$, leaves $\lVert h\rVert \le \epsilon$. The first upward crossing of a quartic is the largest such step. The rule of the "
-                 r"official code has a wrong constant, and most of its steps leave.",
-       fast={"shapes": FEW, "trials": 60}, full={"shapes": MANY, "trials": 300})
+                 r"3\epsilon)$, leaves $\lVert h\rVert \le \epsilon$. The first upward crossing of a quartic is the largest such step. The rule of "
+                 r"the official code has another constant and is no bound.",
+       fast={"shapes": FEW[:2], "trials": 60}, full={"shapes": MANY, "trials": 300})
 def _(check: Check, shapes: tuple[Shape, ...], trials: int) -> None:
-    worst, landed, reference, ratio, left, lower, half = [], [], [], [], [], [], []
+    worst, landed, reference, ratio, left, lower, half, conditions = [], [], [], [], [], [], [], []
     for shape in shapes:
         radius = uniform(8, f"{shape} radius", trials, 0.1, 0.9)
         one = instances(8, shape, trials, distance=radius * uniform(8, f"{shape} share", trials, 0.0, 0.98))
-        omega, (_, high), d = 10 ** uniform(8, f"{shape} omega", trials, -1, 1), one.ends, norm(one.h)
+        omega, (low, high), d = 10 ** uniform(8, f"{shape} omega", trials, -1, 1), one.ends, norm(one.h)
         for tangent, kind in CASES:
-            field, found = _steps(one, jnp.asarray(omega), jnp.asarray(radius), tangent, kind)
-            field, found = np.asarray(field), {name: np.asarray(value) for name, value in found.items()}
+            field = np.asarray(_fields(one, omega, tangent, kind))
+            exact, rigorous, official = (np.asarray(_steps(one, field, omega, radius, one.ends, rule, kind if rule == "rigorous" else "gradient"))
+                                         for rule in ("exact", "rigorous", "official"))
             after = lambda eta: norm(residuals(one.b, one.x - eta[:, None, None] * field)) / radius  # noqa: B023, E731
-            worst += [after(share * found["rigorous"]) for share in (0.25, 0.5, 0.75, 1.0)]
-            landed.append(after(found["exact"]))
-            left.append(after(found["official"]) > 1)
+            worst += [after(share * rigorous) for share in (0.25, 0.5, 0.75, 1.0)]
+            landed.append(after(exact))
+            left.append(after(official))
+            conditions.append(high / low)
             w, z = 2 * sym(t(one.bx) @ field), t(field) @ one.b @ field
             crossing = np.array([_first_crossing(*matrices, r**2) for *matrices, r in zip(one.h, w, z, radius, strict=True)])
-            reference.append(found["exact"] / crossing)
-            ratio.append(found["exact"] / found["rigorous"])
+            reference.append(exact / crossing)
+            ratio.append(exact / rigorous)
             if kind == "gradient":
                 pull, length = norm(all_fields(one)["gradient"]) ** 2, norm(field) ** 2
                 curve = high * (2 + 3 * radius) * length
-                lower.append(found["rigorous"] / (2 * omega * pull / curve))
+                lower.append(rigorous / (2 * omega * pull / curve))
                 near = d <= radius / 2
-                half.append((found["rigorous"] * np.sqrt(curve) / (radius * np.sqrt(3 / 8)))[near])
+                half.append((rigorous * np.sqrt(curve) / (radius * np.sqrt(3 / 8)))[near])
     check.below("rigorous rule: |h| / radius at 1/4, 1/2, 3/4 and all of the step", np.concatenate(worst), 1 + 1e-12)
     check.equal("exact rule: |h| / radius after the step", np.concatenate(landed), 1.0, 1e-6)
     check.equal("exact rule over the root from the companion matrix", np.concatenate(reference), 1.0, 1e-6)
     check.above("exact over rigorous", np.concatenate(ratio), 1 - 1e-12, note=f"median {np.median(np.concatenate(ratio)):.3g}")
     check.above("rigorous over its bound 2 w n^2 / (L l^2)", np.concatenate(lower), 1 - 1e-12)
     check.above("rigorous over its bound for |h| at most half the radius", np.concatenate(half), 1 - 1e-12)
-    check.above("official rule: share of steps that leave", np.mean(np.concatenate(left)), 0.5)
+    gone, bad = np.concatenate(left) > 1, np.concatenate(conditions) > 100
+    check.above("official rule: share of steps that leave", np.mean(gone), 0.1, note=f"{np.mean(gone[bad]):.2f} where B has a condition above 100")
+    check.above("official rule: largest |h| / radius after its step", np.max(np.concatenate(left)), 2)
 
 
 @claim("stiefel.infeasible-start", source=BOTH,
-       statement=r"With a constant objective, $\lVert h_0\rVert < 1$ and $\eta\omega \le 1/(3\beta_1)$ the distance falls in every step, in the end by the "
-                 r"factor $1 - 2\eta\omega\mu_{\min}(X^\top B^2X)$. For the normal term $Xh$ with $\eta\omega = \frac12$ a step is $h \to -\frac34h^2 + "
-                 r"\frac14h^3$. A tangent step changes h by $\eta^2\Psi^\top B\Psi$ exactly.",
+       statement=r"With a constant objective, $\lVert h_0\rVert < 1$ and $\eta\omega \le 1/(3\beta_1)$ the distance falls in every step, in the end "
+                 r"by the factor $1 - 2\eta\omega\mu_{\min}(X^\top B^2X)$. For the normal term $Xh$ with $\eta\omega = \frac12$ a step is $h \to "
+                 r"-\frac34h^2 + \frac14h^3$. A tangent step changes h by $\eta^2\Psi^\top B\Psi$ exactly.",
        fast={"trials": 24, "steps": 300}, full={"trials": 300, "steps": 3000})
 def _(check: Check, trials: int, steps: int) -> None:
-    n, p = shape = FEW[1]
+    n, _ = shape = FEW[1]
     one = instances(9, shape, trials, spread=10.0, distance=uniform(9, "d", trials, 0.2, 0.99))
     none, high = np.zeros((n, n)), one.ends[1][:, None, None]
     path = np.asarray(follow(none, one.b, one.x, 1 / (3 * high), 1.0, steps, "relative", "gradient"))
@@ -126,8 +132,8 @@ def _(check: Check, trials: int, steps: int) -> None:
 
 
 @claim("stiefel.polar-factor", source=DERIVED,
-       statement=r"$X \leftarrow X(3I - X^\top BX)/2$ converges to $X(X^\top BX)^{-1/2}$ for $\lVert h\rVert < 1$, the point of the manifold that is nearest "
-                 r"to X in the norm of B.",
+       statement=r"$X \leftarrow X(3I - X^\top BX)/2$ converges to $X(X^\top BX)^{-1/2}$ for $\lVert h\rVert < 1$, the point of the manifold that "
+                 r"is nearest to X in the norm of B.",
        fast={"trials": 12}, full={"trials": 100})
 def _(check: Check, trials: int) -> None:
     from scipy.optimize import minimize

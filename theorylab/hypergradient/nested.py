@@ -1,0 +1,258 @@
+r"""Stochastic bilevel methods with inner loops or Neumann series (AmIGO, StocBiO, BSA, TTSA, MRBO, SUSTAIN).
+
+Updates and default numbers are those of the public benchmark benchopt/benchmark_bilevel; here v solves $H v = G_1$. The single-loop methods and
+what all share are in `stochastic`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from theorylab.core.keys import step_key, stream
+from theorylab.core.module import number, size
+from theorylab.hypergradient.stochastic import StochasticMethod, StochasticState
+
+Array = jax.Array
+
+
+class _Nested(StochasticMethod):
+    """An outer step along $G_2 - F_2' v$, then SGD on x at the new y. The batches of a step: first those of v, one for F_2, then those of x."""
+
+    inner_steps: int = size(10)
+
+    @property
+    def adjoint_steps(self) -> int:
+        """Inner batches that the adjoint takes."""
+        raise NotImplementedError
+
+    @property
+    def inner_batches(self) -> int:  # type: ignore[override]
+        """Inner batches of one step."""
+        return self.adjoint_steps + 1 + self.inner_steps
+
+    def adjoint(self, problem: Any, state: StochasticState, right: Array, rate: Array) -> Array:
+        """An approximate solution v of H v = `right`."""
+        raise NotImplementedError
+
+    def descend(self, problem: Any, state: StochasticState, x: Array, y: Array, rate: Array) -> Array:
+        """SGD steps on x at fixed y."""
+        first = self.adjoint_steps + 1
+        one = lambda j, x: x - rate * self.inner(problem, state, first + j).at(x, y).residual  # noqa: E731
+        return lax.fori_loop(0, self.inner_steps, one, x)
+
+    def init(self, problem: Any, x0: Any, *, key: Array) -> StochasticState:
+        state = super().init(problem, x0, key=key)
+        started = state._replace(key=stream(key, "first inner steps"))
+        return state._replace(x=self.descend(problem, started, state.x, state.y, self.rates(state)[0]))
+
+    def move(self, problem: Any, state: StochasticState) -> StochasticState:
+        eta, eta_v, gamma = self.rates(state)
+        outer = self.outer(problem, state).at(state.x, state.y)
+        v = self.adjoint(problem, state, outer.outer_x, eta_v)
+        cross = self.inner(problem, state, self.adjoint_steps).at(state.x, state.y).cross_pullback(v)
+        y = state.y - gamma * (outer.outer_y - cross)
+        return state._replace(x=self.descend(problem, state, state.x, y, eta), y=y, v=v)
+
+
+class AmIGO(_Nested):
+    r"""Amortized implicit gradient optimization (Arbel and Mairal, 2022): SGD on x and on v, both warm-started, for each step of y.
+
+    Args:
+        step_size, outer_ratio, batch_size: as in `SOBA`; the step sizes are constant.
+        inner_steps: SGD steps on x, and on v, for each step of y.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> sol = tl.iterate(hg.simulated(0), AmIGO(0.1), jnp.ones(10), steps=500, every=500)
+        >>> bool(sol.history["gradient_norm"][-1] < 0.3 * sol.history["gradient_norm"][0])
+        True
+    """
+
+    @property
+    def adjoint_steps(self) -> int:
+        return self.inner_steps
+
+    def adjoint(self, problem: Any, state: StochasticState, right: Array, rate: Array) -> Array:
+        one = lambda j, v: v - rate * (self.inner(problem, state, j).at(state.x, state.y).product(v) - right)  # noqa: E731
+        return lax.fori_loop(0, self.adjoint_steps, one, state.v)
+
+
+class StocBiO(_Nested):
+    r"""Stochastic bilevel optimizer (Ji, Yang and Liang, 2021): SGD on x, and $v = \rho\sum_{k=0}^{K}\prod_{j<k}(I - \rho H_j) G_1$ from scratch.
+
+    Args:
+        step_size, outer_ratio, batch_size: as in `SOBA`; the step sizes are constant.
+        inner_steps: SGD steps on x for each step of y.
+        terms: K, one less than the number of terms.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> sol = tl.iterate(hg.simulated(0), StocBiO(0.1), jnp.ones(10), steps=500, every=500)
+        >>> bool(sol.history["gradient_norm"][-1] < 0.3 * sol.history["gradient_norm"][0])
+        True
+    """
+
+    terms: int = size(10, low=0)
+
+    @property
+    def adjoint_steps(self) -> int:
+        return self.terms
+
+    def adjoint(self, problem: Any, state: StochasticState, right: Array, rate: Array) -> Array:
+        product = lambda j, p: self.inner(problem, state, j).at(state.x, state.y).product(p)  # noqa: E731
+        return neumann(product, right, rate, self.terms)
+
+
+def neumann(product: Any, right: Array, rate: Array, terms: int) -> Array:
+    r"""$\rho\sum_{k \le K}\prod_{j<k}(I - \rho H_j)\, b$ with `product(j, p)` = $H_j p$."""
+
+    def term(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        p, total = carry
+        p = p - rate * product(j, p)
+        return p, total + p
+
+    return rate * lax.fori_loop(0, terms, term, (right, right))[1]
+
+
+def truncated(product: Any, right: Array, rate: Array, terms: int, key: Array) -> Array:
+    r"""One term of the series, drawn: $K\rho\prod_{j<k}(I - \rho H_j)\, b$ with k uniform on {0, ..., K - 1}; its mean is the series of K terms."""
+    k = jax.random.randint(key, (), 0, terms)
+    p = lax.fori_loop(0, k, lambda j, p: p - rate * product(j, p), right)
+    return terms * rate * p
+
+
+class BSA(_Nested):
+    r"""Bilevel stochastic approximation (Ghadimi and Wang, 2018): SGD on x, and one random term of the Neumann series.
+
+    $v = K\rho\prod_{j<k}(I - \rho H_j) G_1$ with k uniform on {0, ..., K - 1}. The step sizes of x and y fall as $1/\sqrt{t+1}$.
+
+    Args:
+        step_size, outer_ratio, batch_size: as in `SOBA`.
+        inner_steps: SGD steps on x for each step of y.
+        terms: K.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> sol = tl.iterate(hg.simulated(0), BSA(0.1), jnp.ones(10), steps=500, every=500)
+        >>> bool(sol.history["gradient_norm"][-1] < sol.history["gradient_norm"][0])
+        True
+    """
+
+    terms: int = size(10)
+    exponents: ClassVar[tuple[float, float, float]] = (0.5, 0.0, 0.5)
+
+    @property
+    def adjoint_steps(self) -> int:
+        return self.terms
+
+    def adjoint(self, problem: Any, state: StochasticState, right: Array, rate: Array) -> Array:
+        product = lambda j, p: self.inner(problem, state, j).at(state.x, state.y).product(p)  # noqa: E731
+        return truncated(product, right, rate, self.terms, step_key(stream(state.key, "terms"), state.step))
+
+
+class TTSA(BSA):
+    r"""Two-timescale stochastic approximation (Hong, Wai, Wang and Yang, 2023): as `BSA` with one SGD step on x.
+
+    The step size of x falls as $(t+1)^{-2/5}$, that of y as $(t+1)^{-3/5}$.
+
+    Args:
+        step_size, outer_ratio, batch_size, inner_steps, terms: as in `BSA`.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> sol = tl.iterate(hg.simulated(0), TTSA(0.1), jnp.ones(10), steps=500, every=500)
+        >>> bool(sol.history["gradient_norm"][-1] < sol.history["gradient_norm"][0])
+        True
+    """
+
+    inner_steps: int = size(1)
+    exponents: ClassVar[tuple[float, float, float]] = (0.4, 0.0, 0.6)
+
+
+class MRBO(StochasticMethod):
+    r"""Momentum-based recursive bilevel optimizer (Yang, Ji and Liang, 2021): STORM momentum on the directions of x and of y.
+
+    A direction is $d \leftarrow g + (1 - \eta_t)(d - g_{old})$, g and $g_{old}$ over the same rows at the new and at the last point, with
+    $\eta_t = \eta (t+1)^{-2/3}$; the adjoint is the Neumann series of `StocBiO`. The step sizes of x and y fall as $(t+1)^{-1/3}$.
+
+    Args:
+        step_size, outer_ratio, batch_size: as in `SOBA`.
+        momentum: $\eta$.
+        terms: K, one less than the number of terms of the series.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> sol = tl.iterate(hg.simulated(0), MRBO(0.1), jnp.ones(10), steps=500, every=500)
+        >>> bool(sol.history["gradient_norm"][-1] < 0.3 * sol.history["gradient_norm"][0])
+        True
+    """
+
+    momentum: Any = number(0.5, above=0.0, high=1.0)
+    terms: int = size(10)
+    exponents: ClassVar[tuple[float, float, float]] = (1 / 3, 0.0, 1 / 3)
+
+    @property
+    def inner_batches(self) -> int:  # type: ignore[override]
+        """Inner batches of one step: one for the gradients, the others for the series."""
+        return 1 + self.terms
+
+    def remember(self, problem: Any, state: StochasticState) -> Any:
+        return (state.x, state.y), (jnp.zeros_like(state.x), jnp.zeros_like(state.y))
+
+    def series(self, product: Any, right: Array, rate: Array, state: StochasticState) -> Array:
+        """The approximate adjoint."""
+        return neumann(product, right, rate, self.terms)
+
+    def move(self, problem: Any, state: StochasticState) -> StochasticState:
+        eta, rate, gamma = self.rates(state)
+        batch = self.outer(self.inner(problem, state), state)
+
+        def gradients(x: Array, y: Array) -> tuple[Array, Array]:
+            at = batch.at(x, y)
+            v = self.series(lambda j, p: self.inner(problem, state, 1 + j).at(x, y).product(p), at.outer_x, rate, state)
+            return at.residual, at.outer_y - at.cross_pullback(v)
+
+        before, last = state.memory
+        now, past = gradients(state.x, state.y), gradients(*before)
+        keep = 1 - self.momentum / (state.step + 1).astype(state.y.dtype) ** (2 / 3)
+        dx, dy = (g + keep * (d - old) for g, d, old in zip(now, last, past, strict=True))
+        return state._replace(x=state.x - eta * dx, y=state.y - gamma * dy, memory=((state.x, state.y), (dx, dy)))
+
+
+class SUSTAIN(MRBO):
+    r"""Single-timescale double-momentum stochastic approximation (Khanduri et al., 2021): as `MRBO` with one random term of the Neumann series.
+
+    Args:
+        step_size, outer_ratio, batch_size, momentum, terms: as in `MRBO`.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> sol = tl.iterate(hg.simulated(0), SUSTAIN(0.1), jnp.ones(10), steps=500, every=500)
+        >>> bool(sol.history["gradient_norm"][-1] < 0.5 * sol.history["gradient_norm"][0])
+        True
+    """
+
+    def series(self, product: Any, right: Array, rate: Array, state: StochasticState) -> Array:
+        return truncated(product, right, rate, self.terms, step_key(stream(state.key, "terms"), state.step))

@@ -1,0 +1,188 @@
+r"""Which preconditioner to correct with: predicted constants of the candidates that a budget of products allows, and a refusal of bad ones."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from theorylab.core import checks, tree
+from theorylab.core.keys import Key, as_key, stream
+from theorylab.core.linear import Factored
+from theorylab.core.module import Module, number
+from theorylab.errors import ArgumentError, ShapeError
+from theorylab.hypergradient.estimators import Estimator, Plain, Preconditioned, compiled, flat_point, plain, turned
+from theorylab.hypergradient.linear import CG, DENSE_UP_TO, largest, solver
+
+Array = jax.Array
+CANDIDATES = ("jacobi", "damped", "pcg", "stale")
+POWER_STEPS = 100
+
+
+class DampedDiagonal(Module):
+    r"""The preconditioner $P = \mathrm{diag}(F_1) / \omega$: a function (at, r) -> $P^{-1} r$ for `Preconditioned`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> problem = hg.Bilevel(lambda x, y: 2 * jnp.sum(x**2) - x @ y, lambda x, y: jnp.sum(x), x=jnp.zeros(2), y=jnp.ones(2))
+        >>> DampedDiagonal(0.5)(problem.at(jnp.zeros(2), jnp.ones(2)), jnp.ones(2)).tolist()
+        [0.125, 0.125]
+    """
+
+    omega: Any = number(above=0.0)
+
+    def __call__(self, at: Any, r: Array) -> Array:
+        return self.omega * r / at.diagonal()
+
+
+class CorrectionPlan(NamedTuple):
+    r"""What `plan_correction` chose, and what it predicts.
+
+    Attributes:
+        name: `"plain"` (no correction), `"jacobi"`, `"damped"`, `"pcg"` or `"stale"`.
+        estimator: to be used as it is, here and near here.
+        constants: for each candidate and `"plain"`, the predicted error of the hypergradient per unit of inner error: the root mean square of
+            $\lVert\Omega_1 (u - P^{-1} F_1 u)\rVert$ over unit directions u.
+        errors: the predicted error $\lVert\Omega_1 (\hat\delta - P^{-1} F)\rVert$ at the given x, likewise.
+        refused: candidates with a constant not below that of `"plain"`.
+    """
+
+    name: str
+    estimator: Estimator
+    constants: dict[str, float]
+    errors: dict[str, float]
+    refused: tuple[str, ...]
+
+
+def _corrections(problem: Any, at: Any, budget: int, stale: Factored | None, symmetric: bool) -> tuple[dict[str, Any], Array]:
+    """The map r -> P^{-1} r of each candidate, and the damping."""
+    diagonal, omega = at.diagonal(), jnp.ones((), at.residual.dtype)
+    found: dict[str, Any] = {"jacobi": lambda r: r / diagonal}
+    if symmetric:
+        omega = _damping(at, diagonal)
+        found["damped"] = lambda r: omega * r / diagonal
+        if budget > 0:
+            conjugate = _conjugate(budget).factor(at, True)
+            found["pcg"] = lambda r: conjugate.solve(r).value
+    if stale is not None:
+        found["stale"] = stale.solve
+    return found, omega
+
+
+def _conjugate(budget: int) -> CG:
+    return CG(max_steps=budget, preconditioner="jacobi")
+
+
+def _damping(at: Any, diagonal: Array) -> Array:
+    r"""$2 / (\lambda_{\min} + \lambda_{\max})$ of $P^{-1/2} F_1 P^{-1/2}$: the contraction is then (kappa - 1) / (kappa + 1) in the norm of P."""
+    root = jnp.sqrt(diagonal)
+    if diagonal.shape[0] <= DENSE_UP_TO:
+        values = jnp.linalg.eigvalsh(at.matrix() / root[:, None] / root)
+        return 2 / (values[0] + values[-1])
+    scaled = lambda q: at.product(q / root) / root  # noqa: E731
+    top = largest(scaled, diagonal, POWER_STEPS)
+    return 2 / (2 * top - largest(lambda q: top * q - scaled(q), diagonal, POWER_STEPS))
+
+
+def _survey(problem: Any, x: Array, y: Array, stale: Factored | None, key: Key, budget: int, probes: int, linear: Any) -> Any:
+    """Constants and predicted errors of all candidates, and the damping."""
+    at = problem.at(x, y)
+    system = solver(linear, x.shape[0], problem.symmetric).factor(at, problem.symmetric)
+    adjoint = plain(at, system)[1].value
+    newton = system.solve(at.residual).value
+    length = tree.norm(newton)
+    random = jax.random.normal(key, (probes, x.shape[0]), x.dtype)
+    # The Newton step is the best guess of the inner error here; random directions stand for what it will be elsewhere.
+    first = jnp.where(length > 0, newton / jnp.where(length > 0, length, jnp.ones_like(length)), random[0])
+    U = jnp.concatenate([first[None], random])
+    U = U / jnp.linalg.norm(U, axis=1, keepdims=True)
+    images = jax.vmap(at.product)(U)
+    candidates, omega = _corrections(problem, at, budget, stale, problem.symmetric)
+
+    def error(w: Array) -> Array:
+        return tree.norm(turned(at, system, at.turn(adjoint, w))[0])
+
+    norms = {name: jax.vmap(lambda u, r, apply=apply: error(u - apply(r)))(U, images)
+             for name, apply in {"plain": jnp.zeros_like, **candidates}.items()}
+    return {n: jnp.sqrt(jnp.mean(e**2)) for n, e in norms.items()}, {n: length * e[0] for n, e in norms.items()}, omega
+
+
+def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = None, preconditioner: str = "auto", probes: int = 8,
+                    linear: Any = "auto", key: Key | int = 0) -> CorrectionPlan:
+    r"""Choose how to correct the inner point before the implicit formula, given how many products with $F_1$ one correction may cost.
+
+    The estimator $\Omega(x - P^{-1} F)$ has the error $\Omega_1 (I - P^{-1} F_1)\delta$ to first order (paper). This is evaluated on the Newton step
+    and on random probes, for each P that the budget allows, without forming $\Omega_1$; the smallest is chosen, and whatever is not better than no
+    correction is refused: the diagonal of $F_1$ can be worse than nothing. Planning costs one factorization (or some CG runs) and is meant to be done
+    once, for many hypergradients near here (companion derivation).
+
+    | candidate | $P^{-1} F$ | products |
+    |---|---|---|
+    | `"jacobi"` | $F / \mathrm{diag}(F_1)$ | 0 |
+    | `"damped"` | $\omega F / \mathrm{diag}(F_1)$ with the best damping; symmetric problems | 0 |
+    | `"pcg"` | `budget` steps of conjugate gradients, preconditioned by the diagonal; symmetric problems | `budget` |
+    | `"stale"` | with the given factor | 0 |
+
+    Args:
+        problem: a bilevel problem.
+        x: an approximate inner solution, like the problem's x.
+        y: hyper-parameters, like the problem's y.
+        budget: products with $F_1$ that one correction may use.
+        stale: a matrix near $F_1$, or its `Factored`, such as $F_1$ at an earlier y.
+        preconditioner: `"auto"`, or the name of the candidate to plan for.
+        probes: number of random directions.
+        linear: solver of the systems of the planning, and of the adjoint system of the estimator.
+        key: seed or random key of the probes.
+
+    Returns:
+        A `CorrectionPlan`; its estimator is `Plain` if everything else was refused.
+
+    Raises:
+        ArgumentError: `budget` is negative, or the named candidate is refused or not available.
+        UnknownNameError: another name.
+        ShapeError: x, y or `stale` does not match the problem.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> problem = hg.RidgeSelection((jnp.eye(2), jnp.array([3.0, 3.0])), (jnp.eye(2), jnp.ones(2)))
+        >>> plan = plan_correction(problem, jnp.ones(2), jnp.zeros(2), budget=0)
+        >>> plan.name, plan.estimator.preconditioner, plan.errors["jacobi"] < 1e-12
+        ('jacobi', 'jacobi', True)
+    """
+    flat_x, flat_y = flat_point(problem, x, y)
+    budget, probes = checks.whole("budget", budget, low=0), checks.whole("probes", probes, low=1)
+    checks.among("preconditioner", preconditioner, ("auto", *CANDIDATES))
+    if stale is not None and not isinstance(stale, Factored):
+        stale = Factored.of(checks.square("stale", stale))
+    if stale is not None and stale.matrix.shape[0] != problem.n:
+        raise ShapeError(f"stale must have {problem.n} rows to match x, got {stale.matrix.shape[0]}")
+    if tree.is_traced(problem, flat_x, flat_y, stale):
+        raise ArgumentError("plan_correction chooses on the host and cannot run inside compiled code; plan before, and use plan.estimator inside")
+    constants, errors, omega = compiled(_survey, problem, flat_x, flat_y, stale, stream(as_key(key), "probes"), budget, probes, linear)
+    constants, errors = ({name: float(e) for name, e in found.items()} for found in (constants, errors))
+    level = constants["plain"]
+    refused = tuple(name for name in constants if name != "plain" and not constants[name] < level)
+    if preconditioner == "auto":
+        name = min((n for n in constants if n not in refused), key=lambda n: constants[n] if np.isfinite(constants[n]) else np.inf)
+    else:
+        name = preconditioner
+        _check_named(name, constants, refused)
+    estimators = {"plain": Plain(linear=linear), "jacobi": Preconditioned("jacobi", linear=linear)}
+    if name == "damped":
+        estimators[name] = Preconditioned(DampedDiagonal(omega), linear=linear)
+    elif name == "pcg":
+        estimators[name] = Preconditioned(_conjugate(budget), linear=linear)
+    elif name == "stale":
+        estimators[name] = Preconditioned(stale, linear=linear)
+    return CorrectionPlan(name, estimators[name], constants, errors, refused)
+
+
+def _check_named(name: str, constants: dict[str, float], refused: tuple[str, ...]) -> None:
+    if name not in constants:
+        needs = {"stale": "the argument stale", "pcg": "a budget of at least 1 and a symmetric problem"}.get(name, "a symmetric problem")
+        raise ArgumentError(f"preconditioner {name!r} needs {needs}")
+    if name in refused:
+        raise ArgumentError(f"preconditioner {name!r} is refused: a unit of inner error is predicted to become {constants[name]:.3g} in the "
+                            f"hypergradient, and {constants['plain']:.3g} without correction; use 'auto', or a larger budget")
