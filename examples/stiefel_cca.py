@@ -77,4 +77,5 @@ with paper_style():
             ax.set_ylabel("right score")
 
 # %% [markdown]
-# Left: the way of the run, measured on all training images. Top: the directions, as images; the line is the cut. Bottom: scores of images that no batch contained.
+# Left: the way of the run, measured on all training images. Top: the directions, as images; the line is the cut. Bottom: scores of images that no
+# batch contained.

@@ -6,7 +6,6 @@
 # constraint, $X^\top B X = I$ with the covariance $B$ of the recordings, so nothing needs to be whitened first.
 
 # %%
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 

@@ -48,9 +48,8 @@ def start(key):
 
 # %%
 labels = {"turn": "turn", "read": "free", "write": "free"}
-optimizers = {"landing": optax.multi_transform({"turn": optax.chain(optax.clip_by_global_norm(1.0), landing(0.1, attraction="auto")), "free": optax.adam(1e-2)},
-                                                 labels),
-              "Adam": optax.adam(1e-2)}
+on_manifold = optax.chain(optax.clip_by_global_norm(1.0), landing(0.1, attraction="auto"))
+optimizers = {"landing": optax.multi_transform({"turn": on_manifold, "free": optax.adam(1e-2)}, labels), "Adam": optax.adam(1e-2)}
 
 
 def train(optimizer):
@@ -88,5 +87,6 @@ with paper_style():
     left.legend()
 
 # %% [markdown]
-# Adam gets to a small loss, and then the matrix that made it possible blows the signals up. A step of the landing method may leave the manifold a little, and the next one draws it back; no retraction is ever computed. The same
-# transformation takes a matrix $B$, rows of data, or the rows of the current batch, where the constraint is $X^\top B X = I$.
+# Adam gets to a small loss, and then the matrix that made it possible blows the signals up. A step of the landing method may leave the manifold a
+# little, and the next one draws it back; no retraction is ever computed. The same transformation takes a matrix $B$, rows of data, or the rows of the
+# current batch, where the constraint is $X^\top B X = I$.
