@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,9 @@ from theorylab import hypergradient as hg
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError
 
-X = jnp.array([0.3, -0.2, 0.5, 1.0])
-ETA = 0.1
+X, Y, ETA, STEPS, WINDOW = oracles.X3, oracles.Y2, 0.1, 6, 2
+EVERY = [hg.Neumann(STEPS, ETA), hg.Unrolled(STEPS, ETA), hg.Unrolled(STEPS, ETA, window=WINDOW), hg.JacobianFree(ETA), hg.OneStep(),
+         hg.OneStep("gradient", ETA)]
 
 
 def near(found, expected, rtol=1e-10):
@@ -23,80 +26,71 @@ def near(found, expected, rtol=1e-10):
 
 @eqx.filter_jit
 def _facts(problem, x, y):
-    return (oracles.omega(problem, x, y), oracles.jacobian(problem, x, y), jax.jacfwd(problem.residual)(x, y), jax.grad(problem.outer)(x, y),
-            jax.grad(problem.outer, 1)(x, y), jax.jacfwd(problem.residual, 1)(x, y))
+    H = jax.jacfwd(problem.residual)(x, y)
+    return oracles.omega(problem, x, y), oracles.jacobian(problem, x, y), H, jax.grad(problem.outer)(x, y)
 
 
-def facts(problem, x, y):
-    """Omega, J, F_1, G_1, G_2 and F_2 by autodiff."""
-    return [np.asarray(a) for a in _facts(problem, x, y)]
+@eqx.filter_jit
+def _differentiated(problem):
+    """Autodiff through the iterations themselves: unrolled, unrolled at the end, one Newton step, one gradient step."""
+
+    def unrolled(y, window):
+        x = X
+        for k in range(STEPS):
+            seen = y if k >= STEPS - window else jax.lax.stop_gradient(y)
+            x = x - ETA * problem.residual(x, seen)
+        return problem.outer(x, y)
+
+    newton = lambda y: problem.outer(X - oracles.newton(problem, X, y), y)
+    return jax.grad(unrolled)(Y, STEPS), jax.grad(unrolled)(Y, WINDOW), jax.grad(newton)(Y), jax.grad(unrolled_once)(Y, problem)
 
 
-@pytest.mark.parametrize("make", [cases.generic, cases.root], ids=["generic", "root"])
-def test_a_series_is_off_by_a_power_of_the_contraction(make):
-    case = make()
-    value, J, H, outer_x, *_ = facts(case.problem, X, case.y)
-    found = hg.hypergradient(case.problem, X, case.y, hg.Neumann(7, ETA))
-    left = np.linalg.matrix_power(np.eye(4) - ETA * H.T, 7) @ outer_x
-    near(found.value, value - J.T @ left)
-    near(found.adjoint_residual, np.linalg.norm(left))
-    assert Status(int(found.status)) == Status.COMPLETED
+def unrolled_once(y, problem):
+    return problem.outer(X - ETA * problem.residual(X, y), y)
 
 
-def test_unrolling_is_autodiff_of_gradient_descent():
-    case = cases.generic()
+@functools.cache
+def at(kind, solved=False):
+    """The problem, Omega, J, F_1 and G_1 by autodiff, and the results of every baseline."""
+    problem = oracles.tiny(kind)
+    x = oracles.solution(problem, Y) if solved else X
+    return problem, [np.asarray(a) for a in _facts(problem, x, Y)], oracles.each(EVERY, problem, x, Y)
 
-    @eqx.filter_jit
-    def direct(problem, differentiated):
-        def value(y):
-            x = X
-            for k in range(5):
-                y_seen = y if k >= 5 - differentiated else jax.lax.stop_gradient(y)
-                x = x - ETA * problem.residual(x, y_seen)
-                x = x if k >= 5 - differentiated else jax.lax.stop_gradient(x)
-            return problem.outer(x, y)
 
-        return jax.grad(value)(case.y)
+@pytest.mark.parametrize("kind", ["energy", "root"])
+def test_a_series_is_off_by_a_power_of_the_contraction(kind):
+    _, (value, J, H, outer_x), (series, *_) = at(kind)
+    left = np.linalg.matrix_power(np.eye(3) - ETA * H.T, STEPS) @ outer_x
+    near(series.value, value - J.T @ left)
+    near(series.adjoint_residual, np.linalg.norm(left))
+    assert Status(int(series.status)) == Status.COMPLETED
 
-    near(hg.hypergradient(case.problem, X, case.y, hg.Unrolled(5, ETA)).value, direct(case.problem, 5))
-    near(hg.hypergradient(case.problem, X, case.y, hg.Unrolled(5, ETA, window=2)).value, direct(case.problem, 2))
+
+def test_unrolling_and_one_step_are_autodiff_of_the_iterations():
+    problem, _, (_, unrolled, windowed, _, newton, gradient) = at("energy")
+    for found, expected in zip((unrolled, windowed, newton, gradient), _differentiated(problem), strict=True):
+        near(found.value, expected)
 
 
 def test_unrolling_from_the_solution_equals_the_series():
-    case = cases.generic()
-    x = oracles.solution(case.problem, case.y)
-    for terms in (1, 6):
-        unrolled, series = (hg.hypergradient(case.problem, x, case.y, how) for how in (hg.Unrolled(terms, ETA), hg.Neumann(terms, ETA)))
-        near(unrolled.value, series.value, 1e-11)
-        near(unrolled.adjoint, series.adjoint, 1e-11)
-        near(unrolled.adjoint_residual, series.adjoint_residual, 1e-10)
+    _, _, (series, unrolled, *_) = at("energy", solved=True)
+    near(unrolled.value, series.value, 1e-11)
+    near(unrolled.adjoint, series.adjoint, 1e-11)
+    near(unrolled.adjoint_residual, series.adjoint_residual, 1e-10)
 
 
-def test_a_jacobian_free_estimate_is_a_series_of_one_term():
-    case = cases.generic()
-    free, series = (hg.hypergradient(case.problem, X, case.y, how) for how in (hg.JacobianFree(ETA), hg.Neumann(1, ETA)))
-    near(free.value, series.value)
-    near(free.adjoint_residual, series.adjoint_residual)
-    x = oracles.solution(case.problem, case.y)
-    value, J, H, outer_x, *_ = facts(case.problem, x, case.y)
-    bias = hg.hypergradient(case.problem, x, case.y, hg.JacobianFree(ETA)).value - value
-    near(bias, -J.T @ (outer_x - ETA * H @ outer_x))
-    assert np.linalg.norm(bias) > 0.1
+def test_a_jacobian_free_estimate_keeps_its_bias_at_the_solution():
+    for solved in (False, True):
+        _, (value, J, H, outer_x), (_, _, _, free, *_) = at("energy", solved)
+        near(free.value - value, -J.T @ (outer_x - ETA * H.T @ outer_x))
+        near(free.adjoint_residual, np.linalg.norm(outer_x - ETA * H.T @ outer_x))
+        assert np.linalg.norm(free.value - value) > 0.1
 
 
-@pytest.mark.parametrize("step", ["newton", "gradient"])
-def test_one_step_is_autodiff_of_the_last_step(step):
-    case = cases.generic()
-
-    @eqx.filter_jit
-    def direct(problem):
-        def value(y):
-            move = oracles.newton(problem, X, y) if step == "newton" else ETA * problem.residual(X, y)
-            return problem.outer(X - move, y)
-
-        return jax.grad(value)(case.y)
-
-    near(hg.hypergradient(case.problem, X, case.y, hg.OneStep(step, None if step == "newton" else ETA)).value, direct(case.problem))
+def test_the_public_function_takes_baselines():
+    problem, _, found = at("energy")
+    for how, one in zip(EVERY[:2], found, strict=False):
+        near(hg.hypergradient(problem, X, Y, how).value, one.value)
 
 
 def test_one_newton_step_has_the_predicted_first_order_error_of_the_jacobian():
@@ -133,10 +127,10 @@ def test_one_newton_step_is_exact_where_the_energy_is_quadratic():
 def test_default_steps_come_from_power_iterations():
     problem, y, _, known = cases.p3()
     x = problem.exact(y)
-    for how in (hg.Neumann(200), hg.Unrolled(200)):
-        near(hg.hypergradient(problem, x, y, how).value, known["gradient"], 1e-9)
-    moved = hg.hypergradient(problem, x, y, hg.OneStep("gradient"))
-    near(moved.value, hg.hypergradient(problem, x, y, hg.Neumann(1)).value)
+    series, unrolled, moved, once = oracles.each([hg.Neumann(200), hg.Unrolled(200), hg.OneStep("gradient"), hg.Neumann(1)], problem, x, y)
+    near(series.value, known["gradient"], 1e-9)
+    near(unrolled.value, known["gradient"], 1e-9)
+    near(moved.value, once.value)
 
 
 def test_a_diverging_step_is_refused_outside_and_has_a_status_inside():

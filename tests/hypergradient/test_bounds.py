@@ -30,24 +30,25 @@ def truth(name):
     return y, x, jax.jit(partial(oracles.omega, case.problem))(x, y)
 
 
-@partial(jax.jit, static_argnames="kind")
-def along(problem, xs, y, kind="sharp"):
+@jax.jit
+def along(problem, xs, y):
     """Values and bounds of the plain, the one-point and the Newton-point estimate at each row of `xs`."""
 
     def one(x):
-        values = [estimator.estimate(problem, x, y).value for estimator in (Plain(), OnePoint(), NewtonPoint())]
-        return jnp.stack(values), jnp.stack([error_bound(problem, x, y, value, kind) for value in values])
+        values = jnp.stack([estimator.estimate(problem, x, y).value for estimator in (Plain(), OnePoint(), NewtonPoint())])
+        return values, jax.vmap(lambda value: error_bound(problem, x, y, value))(values)
 
     return jax.lax.map(one, xs)
 
 
-def errors_and_bounds(name, kind="sharp"):
+@cache
+def errors_and_bounds(name):
     case, (y, x, gradient) = cases.data(name), truth(name)
-    values, bounds = along(case.problem, x + DISTANCES[:, None] * case.d, y, kind)
+    values, bounds = along(case.problem, x + DISTANCES[:, None] * case.d, y)
     return np.linalg.norm(values - gradient, axis=2), np.asarray(bounds)
 
 
-@pytest.mark.parametrize("name", ["diabetes", "breast_cancer", "wine", "linnerud"])
+@pytest.mark.parametrize("name", ["diabetes", "breast_cancer", "wine"])
 def test_the_bound_is_above_the_error_and_within_five_percent_in_the_last_decades(name):
     errors, bounds = errors_and_bounds(name)
     assert (bounds >= errors).all()
@@ -62,12 +63,19 @@ def test_a_quadratic_problem_has_an_exact_certificate_at_every_distance():
     assert (bounds[:9, 2] < 1e-11).all()
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("diabetes", 190, 790), ("breast_cancer", 190, 790)])
-def test_the_raw_bound_is_valid_and_loose_by_hundreds(name, low, high):
-    errors, bounds = errors_and_bounds(name, "raw")
-    assert (bounds >= errors).all()
-    late = (DISTANCES <= 1e-4) & (DISTANCES >= 1e-8)
-    assert (bounds[late, 0] > low * errors[late, 0]).all() and (bounds[late, 0] < high * errors[late, 0]).all()
+@jax.jit
+def descended(problem, x, y, steps):
+    step = 1 / problem.curvature(y)[1]
+    return jax.lax.fori_loop(0, steps, lambda _, x: x - step * problem.residual(x, y), x)
+
+
+@pytest.mark.parametrize(("name", "steps", "high"), [("diabetes", 400, 780), ("breast_cancer", 1600, 650)])
+def test_the_raw_bound_is_valid_and_loose_by_hundreds_late_in_the_inner_run(name, steps, high):
+    case, (y, solution, gradient) = cases.data(name), truth(name)
+    found = certificate(case.problem, descended(case.problem, jnp.zeros_like(solution), y, steps), y, Plain(), "raw")
+    error = np.linalg.norm(found.value - gradient)
+    assert 1e-12 < error < 1e-4 * np.linalg.norm(gradient)
+    assert 190 * error <= found.error_bound <= high * error
 
 
 def drawn(kind, seed):
@@ -86,18 +94,27 @@ def drawn(kind, seed):
     return problem, y, rng.standard_normal(problem.n)
 
 
-@given(st.sampled_from([RidgeSelection, LogisticSelection, SoftmaxSelection]), st.integers(0, 10**6), st.floats(-9, 1))
+@jax.jit
+def exact(problem, x, y):
+    """The hypergradient from the solution x, and the smallest eigenvalue of the Hessian."""
+    return Plain().estimate(problem, x, y).value, jnp.linalg.eigvalsh(problem.at(x, y).matrix())[0]
+
+
+ball_at = jax.jit(lambda problem, x, y: ball(problem, problem.at(x, y)))
+
+
+@given(st.sampled_from([LogisticSelection, SoftmaxSelection]), st.integers(0, 10**6), st.floats(-9, 1))
 @settings(max_examples=30, deadline=None)
 def test_no_draw_breaks_the_bound_or_leaves_the_ball(kind, seed, exponent):
     problem, y, d = drawn(kind, seed)
     solution = problem.pack_x(reference(problem, y))
-    gradient = jax.jit(Plain().estimate)(problem, solution, y).value
+    gradient, smallest = exact(problem, solution, y)
     x = solution + 10**exponent * d
     values, bounds = (np.asarray(a[0]) for a in along(problem, x[None], y))
     assert (bounds >= np.linalg.norm(values - gradient, axis=1)).all()
-    radius, mu = jax.jit(lambda p, x: ball(p, p.at(x, y)))(problem, x)
+    radius, mu = ball_at(problem, x, y)
     assert jnp.linalg.norm(x - solution) <= radius
-    assert mu <= jnp.linalg.eigvalsh(problem.at(solution, y).matrix())[0] * (1 + 1e-12)
+    assert mu <= smallest * (1 + 1e-12)
 
 
 def test_the_public_function_packs_and_sets_the_bound():
@@ -105,16 +122,16 @@ def test_the_public_function_packs_and_sets_the_bound():
     found = certificate(case.problem, case.problem.unpack_x(x + 1e-4 * case.d), y, NewtonPoint())
     assert found.value.shape == y.shape and found.adjoint.shape == case.problem.shape
     assert jnp.linalg.norm(found.value - gradient) <= found.error_bound < 1e-7
-    assert found.error_bound < certificate(case.problem, x + 1e-4 * case.d, y, NewtonPoint(), "raw").error_bound
 
 
 def test_single_precision_keeps_its_dtype_and_its_bound():
     case, (y, x, gradient) = cases.data("diabetes"), truth("diabetes")
-    single = jax.tree.map(lambda a: a.astype(jnp.float32), case.problem)
+    half = lambda pair: tuple(np.asarray(a, np.float32) for a in pair)
+    single = RidgeSelection(half((case.problem.A, case.problem.b)), half((case.problem.A_out, case.problem.b_out)))
     for t in (1e-1, 1e-3, 0.0):
         found = certificate(single, (x + t * case.d).astype(jnp.float32), y.astype(jnp.float32), Plain())
         assert found.error_bound.dtype == jnp.float32
-        assert np.linalg.norm(np.asarray(found.value, float) - gradient) <= found.error_bound
+        assert np.linalg.norm(np.asarray(found.value, float) - gradient) <= float(found.error_bound)
 
 
 RIDGE = RidgeSelection((jnp.eye(2), jnp.ones(2)), (jnp.eye(2), jnp.ones(2)))

@@ -16,10 +16,10 @@ from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError, MatrixError, NoClosedFormError, UnknownNameError
 from theorylab.hypergradient.reparametrize import Reparametrized
 
-X = jnp.array([0.3, -0.2, 0.5, 1.0])
+X, Y = oracles.X3, oracles.Y2
 NAMES = ("linear", "exponential", "outer_agnostic", "outer_aware")
 DRAW = np.random.default_rng(5)
-LEAD, TAIL, BEND = (jnp.asarray(0.3 * DRAW.standard_normal(shape)) for shape in ((4, 4), (4, 3), (4, 4, 3)))
+LEAD, TAIL, BEND = (jnp.asarray(0.3 * DRAW.standard_normal(shape)) for shape in ((3, 3), (3, 2), (3, 3, 2)))
 
 
 def near(found, expected, rtol=1e-10):
@@ -45,27 +45,35 @@ def changed(problem, phi, z, y):
 @functools.cache
 def chart():
     """The z of the smooth map at X, by Newton's method."""
-    y = cases.generic().y
-    return jax.jit(lambda: jax.lax.fori_loop(0, 40, lambda _, z: z - jnp.linalg.solve(jax.jacfwd(smooth)(z, y), smooth(z, y) - X), X))()
-
-
-@pytest.mark.parametrize("make", [cases.generic, cases.root], ids=["generic", "root"])
-def test_the_closed_form_is_the_plain_formula_of_the_changed_problem(make):
-    case = make()
-    expected = eqx.filter_jit(changed)(case.problem, smooth, chart(), case.y)
-    near(hg.hypergradient(case.problem, X, case.y, Reparametrized(smooth)).value, expected)
-    near(hg.hypergradient(case.problem, X, case.y, Reparametrized(smooth, inverse=_known)).value, expected)
+    return jax.jit(lambda: jax.lax.fori_loop(0, 40, lambda _, z: z - jnp.linalg.solve(jax.jacfwd(smooth)(z, Y), smooth(z, Y) - X), X))()
 
 
 def _known(x, y):
     return chart()
 
 
+EVERY = [*map(Reparametrized, NAMES), Reparametrized(smooth)]
+
+
+@functools.cache
+def found(solved=False):
+    """Values of all estimators at X, or at the solution."""
+    problem = oracles.tiny()
+    return [np.asarray(one.value) for one in oracles.each(EVERY, problem, oracles.solution(problem, Y) if solved else X, Y)]
+
+
+@pytest.mark.parametrize("kind", ["energy", "root"])
+def test_the_closed_form_is_the_plain_formula_of_the_changed_problem(kind):
+    problem = oracles.tiny(kind)
+    value = found()[-1] if kind == "energy" else oracles.each([Reparametrized(smooth, inverse=_known)], problem, X, Y)[0].value
+    near(value, eqx.filter_jit(changed)(problem, smooth, chart(), Y))
+
+
 def test_every_map_is_consistent():
-    case = cases.generic()
-    x = jnp.array(oracles.solution(case.problem, case.y))
-    for how in (*map(Reparametrized, NAMES), Reparametrized(smooth)):
-        near(hg.hypergradient(case.problem, x, case.y, how).value, case.known["gradient"], 1e-9)
+    problem = oracles.tiny()
+    expected = eqx.filter_jit(oracles.omega)(problem, oracles.solution(problem, Y), Y)
+    for value in found(solved=True):
+        near(value, expected, 1e-9)
 
 
 def _maps(problem, x, y):
@@ -83,23 +91,18 @@ def _maps(problem, x, y):
             "outer_aware": (lambda z, t: z + ((z - x) @ v) / (v @ v) * (aware.T @ (t - y)), x)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_named_map_has_the_closed_form_of_its_formula(name):
-    case = cases.generic()
-
+def test_named_maps_have_the_closed_forms_of_their_formulas():
     @eqx.filter_jit
     def direct(problem):
-        phi, z = _maps(problem, X, case.y)[name]
-        return phi(z, case.y), changed(problem, phi, z, case.y)
+        return [(phi(z, Y), changed(problem, phi, z, Y)) for phi, z in _maps(problem, X, Y).values()]
 
-    reached, expected = direct(case.problem)
-    near(reached, X)
-    near(hg.hypergradient(case.problem, X, case.y, Reparametrized(name)).value, expected)
+    for (reached, expected), value in zip(direct(oracles.tiny()), found()[:-1], strict=True):
+        near(reached, X)
+        near(value, expected)
 
 
 def test_the_outer_aware_map_is_the_one_point_correction():
-    case = cases.generic()
-    near(hg.hypergradient(case.problem, X, case.y, Reparametrized("outer_aware")).value, hg.hypergradient(case.problem, X, case.y).value)
+    near(found()[3], hg.hypergradient(oracles.tiny(), X, Y).value)
 
 
 @pytest.mark.parametrize(("make", "order", "size"), [(cases.affine, 2, 0.0623), (cases.generic, 1, 0.73776)], ids=["affine", "generic"])
@@ -110,26 +113,23 @@ def test_a_map_that_does_not_know_the_outer_objective_removes_its_share_only(mak
     np.testing.assert_allclose(float(jnp.linalg.norm(values[1] - values[0])) / t**order, size, rtol=1e-3)
 
 
-def test_planar_ridge_golden_numbers():
+def test_golden_numbers():
     problem, y, _, known = cases.p3()
-    x = problem.exact(y) + jnp.array(known["at"])
-    for name, key in (("linear", "linear"), ("exponential", "exponential"), ("hessian", "hessian_estimate")):
-        near(hg.hypergradient(problem, x, y, Reparametrized(name)).value, known[key], 1e-9)
-
-
-def test_scalar_logistic_golden_numbers():
+    names = ("linear", "exponential", "hessian")
+    values = oracles.each(list(map(Reparametrized, names)), problem, problem.exact(y) + jnp.array(known["at"]), y)
+    for one, key in zip(values, ("linear", "exponential", "hessian_estimate"), strict=True):
+        near(one.value, known[key], 1e-9)
     problem, y, _, known = cases.p4()
-    x = jnp.array([known["x"] + known["at"]])
-    for name in ("linear", "exponential"):
-        near(hg.hypergradient(problem, x, y, Reparametrized(name)).value, known[name], 1e-9)
+    for name, one in zip(names, oracles.each(list(map(Reparametrized, names[:2])), problem, jnp.array([known["x"] + known["at"]]), y), strict=False):
+        near(one.value, [known[name]], 1e-9)
 
 
 def test_the_linear_map_is_the_preconditioner_where_the_energy_is_quadratic_and_the_outer_objective_affine():
     A, b = cases.draw().args[:2]
     problem = hg.RidgeSelection((A, b), (None, np.array([1.0, -2.0, 0.5, 0.3])), objective="linear")
-    y = jnp.array([0.5, -0.3, 0.1, 0.8])
-    linear, precond = (hg.hypergradient(problem, X, y, how).value for how in (Reparametrized("linear"), hg.Preconditioned()))
-    near(linear, precond, 1e-13)
+    x, y = jnp.array([0.3, -0.2, 0.5, 1.0]), jnp.array([0.5, -0.3, 0.1, 0.8])
+    linear, precond = oracles.each([Reparametrized("linear"), hg.Preconditioned()], problem, x, y)
+    near(linear.value, precond.value, 1e-13)
 
 
 def _scalar_energy(x, y, a, b):
@@ -140,14 +140,13 @@ def _x(x, y, a, b):
     return x
 
 
-@pytest.mark.parametrize("q", [1, 2, 3, 5, -1, -2])
-def test_powers_in_one_dimension_divide_the_constant(q):
+def test_powers_in_one_dimension_divide_the_constant():
     a, b, y, t = 1.3, 2.0, 0.2, 1e-6
     problem = hg.Bilevel(_scalar_energy, _x, args=(jnp.asarray(a), jnp.asarray(b)), x=0.0, y=0.0)
-    x, c = b / (a + np.exp(y)), a + np.exp(y)
-    how = Reparametrized(functools.partial(_power, q), inverse=functools.partial(_root, q))
-    found = [float(hg.hypergradient(problem, x + s, y, how).value) for s in (t, -t)]
-    np.testing.assert_allclose((found[0] - found[1]) / (2 * t), -np.exp(y) / c / q, rtol=1e-6)
+    x, c, powers = b / (a + np.exp(y)), a + np.exp(y), (1, 2, 3, 5, -1, -2)
+    chosen = [Reparametrized(functools.partial(_power, q), inverse=functools.partial(_root, q)) for q in powers]
+    up, down = (np.array([float(one.value[0]) for one in oracles.each(chosen, problem, jnp.array([x + s]), jnp.array([y]))]) for s in (t, -t))
+    np.testing.assert_allclose((up - down) / (2 * t), [-np.exp(y) / c / q for q in powers], rtol=1e-6)
 
 
 def _power(q, z, y):

@@ -52,7 +52,7 @@ A5_ERRORS = np.array([0.4684, 0.3125, 0.9615, 0.5822, 0.08564, 0.10387, 0.12174,
 
 def a2_likelihood() -> moe.Likelihood:
     """A2 padded to the shape of the other tests, so that they share compiled programs."""
-    pad = lambda a: np.append(a, np.zeros(390))  # noqa: E731
+    pad = lambda a: np.append(a, np.zeros(390))
     return moe.Likelihood(pad(A2_X), pad(A2_Y), 3, 2, weight=pad(np.ones(10)))
 
 
@@ -63,3 +63,10 @@ def s1_data(n: int = 400) -> moe.Draw:
 def s1_likelihood(n: int = 400, dtype: object = jnp.float64, **options: object) -> moe.Likelihood:
     x, y = s1_data(n)
     return moe.Likelihood(x.astype(dtype), y.astype(dtype), 3, 2, **options)
+
+
+def perturbed(truth: moe.Mixture, seed: int, size: float = 0.5) -> moe.Mixture:
+    rng = np.random.default_rng(seed)
+    shape = truth.gate_matrix.shape
+    return moe.Mixture.from_matrices(truth.gate_matrix + size * rng.normal(size=shape), truth.expert_matrix + size * rng.normal(size=shape),
+                                     truth.variance, truth.active, truth.selection)

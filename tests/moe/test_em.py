@@ -10,17 +10,11 @@ import scipy.optimize
 
 import theorylab as tl
 from tests.moe import cases
+from tests.moe.cases import perturbed
 from theorylab import errors, moe
 from theorylab.core.keys import run_key
 
 S1 = moe.example("S1")
-
-
-def perturbed(truth: moe.Mixture, seed: int, size: float = 0.5) -> moe.Mixture:
-    rng = np.random.default_rng(seed)
-    shape = truth.gate_matrix.shape
-    return moe.Mixture.from_matrices(truth.gate_matrix + size * rng.normal(size=shape), truth.expert_matrix + size * rng.normal(size=shape),
-                                     truth.variance, truth.active, truth.selection)
 
 
 def test_one_step_is_the_golden_one():
@@ -129,7 +123,7 @@ def test_points_on_lines_stop_at_the_variance_floor():
 
 
 def test_separated_experts_are_flagged():
-    x, y = (np.asarray(a) for a in cases.s1_data())
+    x = np.asarray(cases.s1_data().x)
     at = x[:, 0]
     expert = np.digitize(at, [-0.5, 0.5])
     lines = np.asarray(S1.expert_intercept)[expert] + np.asarray(S1.expert_coef)[expert, 0] * at
@@ -146,7 +140,7 @@ def test_a_constant_column_gets_a_fit_of_the_same_likelihood():
     x, y = (np.asarray(a) for a in cases.s1_data())
     with pytest.warns(errors.RunWarning):
         likelihood = moe.Likelihood(np.column_stack([x, np.ones(400)]), y, 3, 2)
-    pad = lambda a: np.column_stack([a, np.zeros(3)])  # noqa: E731
+    pad = lambda a: np.column_stack([a, np.zeros(3)])
     start = S1.replace(gate_coef=pad(S1.gate_coef), expert_coef=pad(S1.expert_coef))
     sol = tl.iterate(likelihood, moe.EM(), start, steps=20)
     assert abs(sol.history["log_likelihood"][-1] - cases.A5_LIKELIHOOD) < 1e-6
@@ -156,7 +150,7 @@ def test_far_and_scaled_inputs_give_the_same_fit():
     x, y = (np.asarray(a) for a in cases.s1_data())
     truth = moe.example("S1", selection="logit")
     near = tl.iterate(moe.Likelihood(x, y, 3, 2, "logit"), moe.EM(), truth, steps=25)
-    move = lambda w: np.column_stack([w[:, 0] - 1000 * w[:, 1], w[:, 1]])  # noqa: E731
+    move = lambda w: np.column_stack([w[:, 0] - 1000 * w[:, 1], w[:, 1]])
     gate, experts = move(np.asarray(truth.gate_matrix)), move(np.asarray(truth.expert_matrix)) + [500, 0]
     start = moe.Mixture.from_matrices(gate, experts, truth.variance, 2, "logit")
     far = tl.iterate(moe.Likelihood(x + 1000, y + 500, 3, 2, "logit"), moe.EM(), start, steps=25)

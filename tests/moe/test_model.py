@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.moe import cases
 from theorylab import errors, moe
@@ -93,7 +92,7 @@ def test_cdf_is_the_integral_of_the_density_and_quantile_its_inverse():
     mass = scipy.integrate.cumulative_simpson(np.asarray(S1.density(at, y)), x=y, initial=0)
     np.testing.assert_allclose(S1.cdf(at, y), mass, atol=1e-9)
     gate, mean = np.asarray(S1.gate(x))[0], np.asarray(S1.expert_intercept + S1.expert_coef[:, 0] * -0.7)
-    plain = lambda v: gate @ scipy.stats.norm.cdf(v, mean, np.sqrt(np.asarray(S1.variance)))  # noqa: E731
+    plain = lambda v: gate @ scipy.stats.norm.cdf(v, mean, np.sqrt(np.asarray(S1.variance)))
     for q in (1e-6, 0.03, 0.5, 0.97):
         root = scipy.optimize.brentq(lambda v, q=q: plain(v) - q, -20, 20, xtol=1e-14)
         assert abs(float(S1.quantile(x, q)[0]) - root) < 1e-11
@@ -108,7 +107,7 @@ def test_quantiles_are_found_in_the_gap_between_two_narrow_modes():
 
 
 def test_the_derivative_of_a_quantile_is_that_of_the_root():
-    quantile = lambda b: S1.replace(expert_intercept=S1.expert_intercept + jnp.asarray([0.0, 1.0, 0.0]) * b).quantile([[0.4]], 0.7)[0]  # noqa: E731
+    quantile = lambda b: S1.replace(expert_intercept=S1.expert_intercept + jnp.asarray([0.0, 1.0, 0.0]) * b).quantile([[0.4]], 0.7)[0]
     step = 1e-5
     assert abs(float(jax.grad(quantile)(0.0)) - float(quantile(step) - quantile(-step)) / (2 * step)) < 1e-8
 
@@ -201,8 +200,8 @@ def test_the_printed_form_shows_every_expert():
     assert repr(S1).startswith("Mixture(experts=3, active=2, dim=1, selection='slope')") and repr(S1).count("variance") == 3
 
 
-ARRAYS = dict(gate_intercept=np.zeros(3), gate_coef=np.zeros((3, 2)), expert_coef=np.zeros((3, 2)), expert_intercept=np.zeros(3),
-              variance=np.ones(3), active=2)
+ARRAYS = {"gate_intercept": np.zeros(3), "gate_coef": np.zeros((3, 2)), "expert_coef": np.zeros((3, 2)), "expert_intercept": np.zeros(3),
+          "variance": np.ones(3), "active": 2}
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [

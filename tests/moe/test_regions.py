@@ -53,7 +53,7 @@ def test_masses_of_weighted_points_are_sums_of_weights():
 def test_masses_in_two_dimensions_have_honest_errors():
     one, two = (S3.region_masses((-1.0, 1.0), key=key, samples=20000) for key in (0, 1))
     assert one.masses.shape == two.masses.shape
-    sort = lambda r: r.masses[np.lexsort(r.members.T)]  # noqa: E731
+    sort = lambda r: r.masses[np.lexsort(r.members.T)]
     assert (np.abs(sort(one) - sort(two)) < 5 * np.sqrt(2) * 0.5 / np.sqrt(20000)).all()
 
 

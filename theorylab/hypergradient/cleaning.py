@@ -13,7 +13,7 @@ from theorylab.core import checks
 from theorylab.core.module import number, size
 from theorylab.errors import ShapeError
 from theorylab.hypergradient.contract import BilevelProblem, Linearization, gram, leaf, pull
-from theorylab.hypergradient.losses import Logistic, pair, signs, top_eigenvalue
+from theorylab.hypergradient.losses import Logistic, pair, signs, top_eigenvalue, warn_single_class
 
 Array = jax.Array
 
@@ -109,6 +109,7 @@ class DataCleaning(BilevelProblem):
             raise ShapeError(f"A_out of valid must have the {p} features of A of train, got {np.shape(A_out)[1]}")
         self.A_out = leaf("A_out of valid", A_out, (None, p), dtype)
         self.b, self.b_out = signs("b of train", b, self.A), signs("b_out of valid", b_out, self.A_out)
+        warn_single_class(self.b)
         self.penalty, self.rows, self.weights = jnp.asarray(checks.real("penalty", penalty, above=0.0), dtype), None, len(self.A)
 
     def replace(self, **changes: Any) -> DataCleaning:

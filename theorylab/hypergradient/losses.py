@@ -147,16 +147,20 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def signs(name: str, b: Any, A: Array) -> Array:
-    """Labels -1 and 1 of the rows of A; one class alone is legal and gives a warning."""
+    """Labels -1 and 1 of the rows of A, of any dtype, in the dtype of A."""
     labels = checks.array(name, b, (len(A),)).astype(A.dtype)
     if checks.known(labels):
         host = np.asarray(labels)
         bad = host[np.abs(host) != 1]
         if bad.size:
             raise ArgumentError(f"{name} must hold labels -1 and 1, got {bad[0]:g}; map labels 0 and 1 by 2 * b - 1")
-        if len(host) > 1 and (host == host[0]).all():
-            warnings.warn(f"{name} holds the single class {host[0]:g}; only the penalty keeps x finite", stacklevel=4)
     return labels
+
+
+def warn_single_class(b: Array) -> None:
+    """Say so if all training labels are equal: legal, and rarely meant."""
+    if checks.known(b) and len(b) > 1 and bool(jnp.all(b == b[0])):
+        warnings.warn(f"b of train holds the single class {float(b[0]):g}; only the penalty keeps x finite", stacklevel=3)
 
 
 def top_eigenvalue(A: Array) -> Array:

@@ -10,11 +10,11 @@ import numpy as np
 
 from theorylab.core import checks, tree
 from theorylab.core.keys import Key, as_key, stream
-from theorylab.core.linear import Factored
+from theorylab.core.linear import Factored, cg
 from theorylab.core.module import Module, number
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.hypergradient.estimators import Estimator, Plain, Preconditioned, compiled, flat_point, plain, turned
-from theorylab.hypergradient.linear import CG, DENSE_UP_TO, largest, solver
+from theorylab.hypergradient.linear import CG, DENSE_UP_TO, default_tolerance, largest, solver
 
 Array = jax.Array
 CANDIDATES = ("jacobi", "damped", "pcg", "stale")
@@ -56,23 +56,18 @@ class CorrectionPlan(NamedTuple):
     refused: tuple[str, ...]
 
 
-def _corrections(problem: Any, at: Any, budget: int, stale: Factored | None, symmetric: bool) -> tuple[dict[str, Any], Array]:
+def _corrections(at: Any, budget: Array | None, stale: Factored | None, symmetric: bool) -> tuple[dict[str, Any], Array]:
     """The map r -> P^{-1} r of each candidate, and the damping."""
     diagonal, omega = at.diagonal(), jnp.ones((), at.residual.dtype)
     found: dict[str, Any] = {"jacobi": lambda r: r / diagonal}
     if symmetric:
         omega = _damping(at, diagonal)
         found["damped"] = lambda r: omega * r / diagonal
-        if budget > 0:
-            conjugate = _conjugate(budget).factor(at, True)
-            found["pcg"] = lambda r: conjugate.solve(r).value
+        if budget is not None:  # traced, so that another budget does not compile again; the steps are those of the solver `CG`
+            found["pcg"] = lambda r: cg(at.product, r, preconditioner=found["jacobi"], tolerance=default_tolerance(r.dtype), max_steps=budget).value
     if stale is not None:
         found["stale"] = stale.solve
     return found, omega
-
-
-def _conjugate(budget: int) -> CG:
-    return CG(max_steps=budget, preconditioner="jacobi")
 
 
 def _damping(at: Any, diagonal: Array) -> Array:
@@ -86,7 +81,7 @@ def _damping(at: Any, diagonal: Array) -> Array:
     return 2 / (2 * top - largest(lambda q: top * q - scaled(q), diagonal, POWER_STEPS))
 
 
-def _survey(problem: Any, x: Array, y: Array, stale: Factored | None, key: Key, budget: int, probes: int, linear: Any) -> Any:
+def _survey(problem: Any, x: Array, y: Array, stale: Factored | None, key: Key, budget: Array | None, probes: int, linear: Any) -> Any:
     """Constants and predicted errors of all candidates, and the damping."""
     at = problem.at(x, y)
     system = solver(linear, x.shape[0], problem.symmetric).factor(at, problem.symmetric)
@@ -99,7 +94,7 @@ def _survey(problem: Any, x: Array, y: Array, stale: Factored | None, key: Key, 
     U = jnp.concatenate([first[None], random])
     U = U / jnp.linalg.norm(U, axis=1, keepdims=True)
     images = jax.vmap(at.product)(U)
-    candidates, omega = _corrections(problem, at, budget, stale, problem.symmetric)
+    candidates, omega = _corrections(at, budget, stale, problem.symmetric)
 
     def error(w: Array) -> Array:
         return tree.norm(turned(at, system, at.turn(adjoint, w))[0])
@@ -160,7 +155,8 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
         raise ShapeError(f"stale must have {problem.n} rows to match x, got {stale.matrix.shape[0]}")
     if tree.is_traced(problem, flat_x, flat_y, stale):
         raise ArgumentError("plan_correction chooses on the host and cannot run inside compiled code; plan before, and use plan.estimator inside")
-    constants, errors, omega = compiled(_survey, problem, flat_x, flat_y, stale, stream(as_key(key), "probes"), budget, probes, linear)
+    traced = jnp.asarray(budget, jnp.int32) if budget else None
+    constants, errors, omega = compiled(_survey, problem, flat_x, flat_y, stale, stream(as_key(key), "probes"), traced, probes, linear)
     constants, errors = ({name: float(e) for name, e in found.items()} for found in (constants, errors))
     level = constants["plain"]
     refused = tuple(name for name in constants if name != "plain" and not constants[name] < level)
@@ -173,7 +169,7 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
     if name == "damped":
         estimators[name] = Preconditioned(DampedDiagonal(omega), linear=linear)
     elif name == "pcg":
-        estimators[name] = Preconditioned(_conjugate(budget), linear=linear)
+        estimators[name] = Preconditioned(CG(max_steps=budget, preconditioner="jacobi"), linear=linear)
     elif name == "stale":
         estimators[name] = Preconditioned(stale, linear=linear)
     return CorrectionPlan(name, estimators[name], constants, errors, refused)

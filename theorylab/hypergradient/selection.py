@@ -24,7 +24,7 @@ from theorylab.core import checks
 from theorylab.core.module import choice
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.hypergradient.contract import BilevelProblem, Linearization, gram, leaf, pull
-from theorylab.hypergradient.losses import Logistic, Softmax, Squares, pair, signs, top_eigenvalue
+from theorylab.hypergradient.losses import Logistic, Softmax, Squares, pair, signs, top_eigenvalue, warn_single_class
 
 Array = jax.Array
 OBJECTIVES = ("validation", "linear", "quadratic")
@@ -263,6 +263,7 @@ class LogisticSelection(Selection):
 
     def __init__(self, train: Any, valid: Any, objective: str = "validation"):
         super().__init__(train, valid, objective)
+        warn_single_class(self.b)
 
     def _targets(self, name: str, b: Any, A: Array) -> Array:
         return signs(name, b, A)

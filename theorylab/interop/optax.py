@@ -188,9 +188,10 @@ class OptaxMethod(Method):
             value_fn = lambda x: _objective(problem, x)  # noqa: E731
             value = value_fn(x)
             gradient = problem.gradient(x) if hasattr(problem, "gradient") else jax.grad(value_fn)(x)
-        tx = optax.with_extra_args_support(self.tx)
-        updates, inner = tx.update(gradient, state.inner, x, value=value, grad=gradient, value_fn=value_fn, **extra)
-        return _State(optax.apply_updates(x, updates), inner)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its counts with numbers
+            tx = optax.with_extra_args_support(self.tx)
+            updates, inner = tx.update(gradient, state.inner, x, value=value, grad=gradient, value_fn=value_fn, **extra)
+            return _State(optax.apply_updates(x, updates), inner)
 
     def value(self, problem: Problem, state: _State) -> Any:
         return state.x

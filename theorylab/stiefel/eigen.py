@@ -83,6 +83,8 @@ class GEVP(BlockProblem):
         return fill(cls(A, B, p, **options), {"fed": True})
 
     def feed(self, batch: Any) -> Self:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ShapeError(f"batch must be a pair of arrays of rows, for A and for B, got {type(batch).__name__}")
         a, b = (Gram(fed_rows(rows, self.operator.dim, self.dtype)) for rows in batch)
         return self.holding(Batch((b,), a))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,25 +16,26 @@ from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, total
 from theorylab.stiefel.fields import _sym
 from theorylab.stiefel.landing import factor_of, solve_with
 from theorylab.stiefel.operators import TESTED, Implicit
-from theorylab.stiefel.quantities import multiplier_of
 from theorylab.stiefel.retractions import retract_of
 
 Array = jax.Array
 FORCING = 1e-4                          # relative residual of each Newton equation: four of them reach round-off
+RETRY, MOST = 8.0, 500.0                # growth of the shift after a refused step, and the shift that ends the search
 
 
 class _Near(NamedTuple):
     x: Blocks
     residual: Array
     steps: Array
-    going: Array
+    shift: Array
 
 
-def polish(problem: BlockProblem, x: Any, *, steps: int = 8) -> Any:
+def polish(problem: BlockProblem, x: Any, *, steps: int = 20) -> Any:
     r"""The solution near x: feasible and stationary to round-off, with columns in the order of the problem (companion derivation).
 
-    x is retracted. Then Newton's equation on the tangent space, $\Pi(G'[U] - B U\,\mathrm{sym}(X^\top G)) = -\Pi(G)$, is solved by conjugate
-    gradients, and x moves along U and is retracted, as long as that lowers the residual. In the end the columns of eigenvalue problems and
+    x is retracted. Then Newton's equation on the tangent space, $\Pi(G'[U] - B U\,\mathrm{sym}(X^\top G) + \tau B U) = -\Pi(G)$, is solved by
+    conjugate gradients, with a shift $\tau$ in proportion to the residual, and x moves along U and is retracted. A step that does not lower the
+    residual is tried again with a larger shift. In the end the columns of eigenvalue problems and
     correlations are turned to Ritz vectors, in descending order and with fixed signs. A point that is far from a minimizer is only retracted and
     turned. It uses the whole data, or the reference of a streamed problem.
 
@@ -71,48 +73,65 @@ def _polished(problem: BlockProblem, x: Blocks, steps: int) -> Blocks:
         factors = tuple(factor_of(op) for op in batch.operators) if small else None
         x = _retracted(batch, x)
 
+        floor = 10 * jnp.finfo(x[0].dtype).eps * jnp.sqrt(total(jnp.sum(g**2) for g in problem.at(x).gradients))
+
         def better(near: _Near) -> _Near:
-            moved = _retracted(batch, tuple(xt + u for xt, u in zip(near.x, _newton(problem, batch, near.x, factors), strict=True)))
+            direction = _newton(problem, batch, near.x, factors, near.shift * near.residual)
+            moved = _retracted(batch, tuple(xt + u for xt, u in zip(near.x, direction, strict=True)))
             residual = _residual(problem, batch, moved)
             good = residual < near.residual
-            return _Near(tree.select(good, moved, near.x), jnp.where(good, residual, near.residual), near.steps + 1, good)
+            shift = jnp.where(good, jnp.maximum(near.shift / RETRY, 1), near.shift * RETRY).astype(residual.dtype)
+            return _Near(tree.select(good, moved, near.x), jnp.where(good, residual, near.residual), near.steps + 1, shift)
 
-        start = _Near(x, _residual(problem, batch, x), jnp.zeros((), jnp.int32), jnp.asarray(True))
-        x = lax.while_loop(lambda near: near.going & (near.steps < steps), better, start).x if steps else x
+        def unfinished(near: _Near) -> Array:
+            return (near.residual > floor) & (near.steps < steps) & (near.shift < MOST)
+
+        residual = _residual(problem, batch, x)
+        x = lax.while_loop(unfinished, better, _Near(x, residual, jnp.zeros((), jnp.int32), jnp.ones_like(residual))).x if steps else x
         return _retracted(batch, problem.arranged(x))
 
 
 def _retracted(batch: Batch, x: Blocks) -> Blocks:
-    return tuple(retract_of(op, xt, "polar") for op, xt in zip(batch.operators, x, strict=True))
+    return tuple(retract_of(op, xt, "cholesky") for op, xt in zip(batch.operators, x, strict=True))
 
 
-def _projected(products: Blocks, blocks: Blocks) -> Blocks:
-    """Blocks orthogonally projected to the tangent space, where xᵀ B u is skew."""
-    return tuple(v - 2 * multiplier_of(bt, v) @ bt for bt, v in zip(products, blocks, strict=True))
+def _projection(products: Blocks) -> Callable[[Blocks], Blocks]:
+    """The orthogonal projection of blocks to the tangent space, where xᵀ B u is skew, from the products B x; see `multiplier`."""
+    pairs = [jnp.linalg.eigh(_sym(product(bt, bt.mT))) for bt in products]
+
+    def normal(bt: Array, values: Array, vectors: Array, v: Array) -> Array:
+        inside = product(vectors.mT, _sym(product(bt, v.mT)), vectors)
+        return 2 * product(vectors, inside / (values[:, None] + values), vectors.mT) @ bt
+
+    return lambda blocks: tuple(v - normal(bt, *pair, v) for bt, pair, v in zip(products, pairs, blocks, strict=True))
 
 
 def _residual(problem: BlockProblem, batch: Batch, x: Blocks) -> Array:
     images = batch.images(x)
     products = tuple(op.product(xt, im) for op, xt, im in zip(batch.operators, x, images, strict=True))
-    off = _projected(products, problem.oracle(batch, x, images)[1])
+    off = _projection(products)(problem.oracle(batch, x, images)[1])
     return jnp.sqrt(total(jnp.sum(a**2) for a in off))
 
 
-def _newton(problem: BlockProblem, batch: Batch, x: Blocks, factors: Any) -> Blocks:
+def _newton(problem: BlockProblem, batch: Batch, x: Blocks, factors: Any, shift: Array) -> Blocks:
     """The Newton direction at a feasible point; zero where the equation has none of descent."""
     gradient = lambda x: problem.oracle(batch, x, batch.images(x))[1]  # noqa: E731
     gradients, along = jax.linearize(gradient, x)
     apply = lambda u: tuple(op.product(ut, op.image(ut)) for op, ut in zip(batch.operators, u, strict=True))  # noqa: E731
     products = apply(x)
+    project = _projection(products)
     inside = tuple(_sym(product(xt, gt.mT)) for xt, gt in zip(x, gradients, strict=True))
 
+    # rotations of the columns have no curvature for many objectives; the shift keeps the equation definite near a minimizer
+    shift = shift * jnp.sqrt(total(jnp.sum(xt**2) for xt in x)) / x[0].shape[0]
+
     def hessian(u: Blocks) -> Blocks:
-        return _projected(products, tuple(d - s @ bu for d, s, bu in zip(along(u), inside, apply(u), strict=True)))
+        return project(tuple(d - s @ bu + shift * bu for d, s, bu in zip(along(u), inside, apply(u), strict=True)))
 
     def inverse(r: Blocks) -> Blocks:  # of B on the tangent space, so that the condition of B does not matter
         return tuple(solve_with(lower, v) - _sym(product(xt, v.mT)) @ xt for lower, xt, v in zip(factors, x, r, strict=True))
 
-    rest = tuple(-r for r in _projected(products, gradients))
+    rest = tuple(-r for r in project(gradients))
     size = sum(xt.size for xt in x)
     end = linear.cg(hessian, rest, preconditioner=None if factors is None else inverse, tolerance=max(FORCING, 10 * float(jnp.finfo(x[0].dtype).eps)),
                     max_steps=min(2 * size, 500))

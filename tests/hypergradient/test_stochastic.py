@@ -1,0 +1,212 @@
+"""Stochastic methods: with full batches the recursions in NumPy, with minibatches the noise plateaus; the simulated problem in closed form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import theorylab as tl
+from tests.hypergradient import cases, oracles
+from theorylab.core.keys import stream
+from theorylab.core.sample import minibatch
+from theorylab.errors import ArgumentError, ShapeError
+from theorylab.hypergradient.nested import BSA, MRBO, SUSTAIN, TTSA, AmIGO, StocBiO, neumann, truncated
+from theorylab.hypergradient.simulated import simulated
+from theorylab.hypergradient.stochastic import FSLA, SABA, SOBA, SRBA
+
+SMALL = simulated(3, dim_inner=4, dim_outer=3, samples=16, coupling=0.3)
+WHOLE = dict(step_size=0.1, outer_ratio=2.0, batch_size=16)
+KEY = jax.random.key(5)
+Y0 = np.array([1.0, -0.5, 0.3])
+STEPS = 6
+
+
+class Terms:
+    """The parts of a step over some rows, in NumPy."""
+
+    def __init__(self, inner=slice(None), outer=slice(None)):
+        self.inner, self.outer = (jax.tree.map(lambda a, rows=rows: np.asarray(a)[rows], part)
+                                  for part, rows in ((SMALL.inner_rows, inner), (SMALL.outer_rows, outer)))
+
+    def F(self, x, y):
+        E = self.inner
+        return np.mean(E.a * (E.a @ x)[:, None] + E.d * (E.c @ y)[:, None] + E.s, axis=0)
+
+    def H(self, v):
+        return np.mean(self.inner.a * (self.inner.a @ v)[:, None], axis=0)
+
+    def cross(self, v):
+        return np.mean(self.inner.c * (self.inner.d @ v)[:, None], axis=0)
+
+    def G_1(self, x, y):
+        G = self.outer
+        return np.mean(G.a * (G.a @ x)[:, None] + G.d * (G.c @ y)[:, None] + G.s, axis=0)
+
+    def G_2(self, x, y):
+        G = self.outer
+        return np.mean(G.h * (G.h @ y)[:, None] + G.c * (G.d @ x)[:, None] + G.t, axis=0)
+
+
+ALL = Terms()
+
+
+def single_loop(exponent):
+    x, y, v = np.zeros(4), Y0, np.zeros(4)
+    for t in range(STEPS):
+        eta = 0.1 / (t + 1) ** exponent
+        x, v, y = x - eta * ALL.F(x, y), v - eta * (ALL.H(v) + ALL.G_1(x, y)), y - eta / 2 * (ALL.cross(v) + ALL.G_2(x, y))
+    return y
+
+
+def fully_single_loop():
+    x, y, v, d, y_old = np.zeros(4), Y0, np.zeros(4), np.zeros(3), Y0
+    for t in range(STEPS):
+        eta = 0.1 / np.sqrt(t + 1)
+        x_new = x - eta * ALL.F(x, y)
+        v_new = v - eta * (ALL.H(v) - ALL.G_1(x_new, y))
+        old = ALL.G_2(x, y_old) - ALL.cross(v)
+        d = ALL.G_2(x_new, y) - ALL.cross(v_new) + (1 - 0.5 / np.sqrt(t + 1)) * (d - old)
+        x, v, y, y_old = x_new, v_new, y - eta / 2 * d, y
+    return y
+
+
+def series(b, terms):
+    return 0.1 * sum(np.linalg.matrix_power(np.eye(4) - 0.1 * np.asarray(SMALL.inner_rows.hessian), k) @ b for k in range(terms + 1))
+
+
+def nested(adjoint):
+    x, y, v = np.zeros(4), Y0, np.zeros(4)
+    for _ in range(3):
+        x = x - 0.1 * ALL.F(x, y)
+    for _ in range(STEPS):
+        v = adjoint(v, ALL.G_1(x, y))
+        y = y - 0.05 * (ALL.G_2(x, y) - ALL.cross(v))
+        for _ in range(3):
+            x = x - 0.1 * ALL.F(x, y)
+    return y
+
+
+def warm(v, b):
+    for _ in range(3):
+        v = v - 0.1 * (ALL.H(v) - b)
+    return v
+
+
+def storm():
+    x, y, dx, dy, last = np.zeros(4), Y0, np.zeros(4), np.zeros(3), (np.zeros(4), Y0)
+    g = lambda x, y: (ALL.F(x, y), ALL.G_2(x, y) - ALL.cross(series(ALL.G_1(x, y), 5)))
+    for t in range(STEPS):
+        keep = 1 - 0.5 / (t + 1) ** (2 / 3)
+        now, past = g(x, y), g(*last)
+        dx, dy = now[0] + keep * (dx - past[0]), now[1] + keep * (dy - past[1])
+        last, x, y = (x, y), x - 0.1 / (t + 1) ** (1 / 3) * dx, y - 0.05 / (t + 1) ** (1 / 3) * dy
+    return y
+
+
+@pytest.mark.parametrize(("method", "recursion"), [
+    (SOBA(**WHOLE), lambda: single_loop(0.5)), (SABA(**WHOLE), lambda: single_loop(0)), (SRBA(**WHOLE, period_fraction=1.5), lambda: single_loop(0)),
+    (FSLA(**WHOLE), fully_single_loop), (AmIGO(**WHOLE, inner_steps=3), lambda: nested(warm)),
+    (StocBiO(**WHOLE, inner_steps=3, terms=5), lambda: nested(lambda v, b: series(b, 5))), (MRBO(**WHOLE, terms=5), storm)],
+    ids=lambda m: type(m).__name__)
+def test_with_full_batches_a_method_is_its_recursion(method, recursion):
+    sol = tl.iterate(SMALL, method, jnp.asarray(Y0), steps=STEPS, every=STEPS)
+    np.testing.assert_allclose(sol.value, recursion(), rtol=1e-11, atol=1e-13)
+
+
+def test_saba_keeps_one_direction_for_each_fixed_batch():
+    sol = tl.iterate(SMALL, SABA(0.1, batch_size=4), jnp.asarray(Y0), steps=11, key=KEY, every=11)
+    key, x, y, v = stream(KEY, "init"), np.zeros(4), Y0, np.zeros(4)
+    table = [np.zeros((4, k)) for k in (4, 4, 3, 4, 3)]
+    for t in range(11):
+        i, j = (int(minibatch(stream(key, f"{name} batches"), 4, 1, t)[0]) for name in ("inner", "outer"))
+        terms = Terms(slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
+        fresh = (terms.F(x, y), terms.H(v), terms.cross(v), terms.G_1(x, y), terms.G_2(x, y))
+        steps = []
+        for new, old, at in zip(fresh, table, (i, i, i, j, j), strict=True):
+            steps.append(new - old[at] + old.mean(0))
+            old[at] = new
+        x, v, y = x - 0.1 * steps[0], v - 0.1 * (steps[1] + steps[3]), y - 0.1 * (steps[2] + steps[4])
+    np.testing.assert_allclose(sol.value, y, rtol=1e-11)
+
+
+@pytest.mark.parametrize("method", [SOBA(batch_size=5), AmIGO(batch_size=5, inner_steps=2)], ids=lambda m: type(m).__name__)
+def test_batches_visit_every_row_at_most_once_in_a_pass(method):
+    state = method.init(SMALL, jnp.asarray(Y0), key=KEY)
+    rows = []
+    for k in range(6):  # three batches of five of the sixteen rows make a pass
+        step, batch = divmod(k, method.inner_batches)
+        rows.append(np.asarray(method.inner(SMALL, state._replace(step=jnp.asarray(step)), batch).inner_rows.a[:, 0]))
+    one, two = np.concatenate(rows[:3]), np.concatenate(rows[3:])
+    assert len(set(one)) == len(set(two)) == 15
+    assert list(one) != list(two)
+
+
+def test_noise_plateaus_on_the_simulated_problem():
+    problem = simulated(0)
+
+    def values(method, steps=2000):
+        return tl.iterate(problem, method, jnp.ones(10), steps=steps, every=steps).history["gradient_norm"] ** 2
+
+    reached = {type(m).__name__: values(m) for m in (SOBA(), SABA(), SRBA(), AmIGO(), TTSA())}
+    for reduced in ("SABA", "SRBA"):
+        assert reached[reduced][-1] < 1e-11
+    assert 1e-6 < reached["AmIGO"][-1] < reached["SOBA"][-1] < reached["TTSA"][-1] < 0.2 * reached["TTSA"][0]
+
+
+def test_the_simulated_problem_is_what_its_closed_forms_say():
+    problem = simulated(0)
+    y = jax.random.normal(KEY, (10,))
+    assert problem.samples == (1024, 1024) and problem.n == 20
+    np.testing.assert_allclose(problem.residual(problem.exact(y), y), 0, atol=1e-13)
+    value = lambda y: problem.outer(problem.exact(y), y)
+    np.testing.assert_allclose(jax.jit(jax.hessian(value))(y), problem.value_curvature(), atol=1e-12)
+    np.testing.assert_allclose(jax.jit(lambda y: oracles.omega(problem, problem.exact(y), y))(problem.solution()), 0, atol=1e-12)
+    eigenvalues = np.linalg.eigvalsh(problem.inner_rows.hessian)
+    np.testing.assert_allclose(eigenvalues, np.geomspace(0.1, 1, 20), rtol=0.3)  # 1024 rows: a few times 1/sqrt(1024)
+    np.testing.assert_allclose(np.linalg.svd(problem.inner_rows.cross)[1], 0.1, rtol=0.5)
+    np.testing.assert_allclose(problem.inner_batch(jnp.arange(1024)).residual(y[:1].repeat(20), y), problem.residual(y[:1].repeat(20), y))
+
+
+def test_a_random_term_of_the_series_has_the_mean_of_the_series():
+    H, b = jnp.diag(jnp.array([0.5, 2.0])), jnp.array([1.0, -1.0])
+    draws = jax.vmap(lambda key: truncated(lambda _, p: H @ p, b, 0.3, 5, key))(jax.random.split(KEY, 4000))
+    exact = neumann(lambda _, p: H @ p, b, 0.3, 4)
+    np.testing.assert_allclose(exact, [0.3 * sum(0.85**k for k in range(5)), -0.3 * sum(0.4**k for k in range(5))], rtol=1e-12)
+    assert (np.abs(draws.mean(0) - exact) < 4 * draws.std(0) / np.sqrt(4000)).all()
+
+
+@pytest.mark.parametrize("method", [BSA(batch_size=8), SUSTAIN(batch_size=8)], ids=lambda m: type(m).__name__)
+def test_methods_with_random_series_descend_and_run_in_batches(method):
+    sol = tl.iterate(SMALL, method, jnp.stack([jnp.asarray(Y0)] * 3), steps=400, runs=3, every=400)
+    norms = sol.history["gradient_norm"]
+    assert (norms[-1] < 0.5 * norms[0]).all()
+    assert len({float(n) for n in norms[-1]}) == 3
+
+
+def test_selection_problems_in_single_precision():
+    case = cases.data("breast_cancer")
+    single = lambda pair: tuple(np.asarray(a, np.float32) for a in pair)
+    problem = type(case.problem)(single((case.problem.A, case.problem.b)), single((case.problem.A_out, case.problem.b_out)))
+    sol = tl.iterate(problem, SOBA(0.5, outer_ratio=0.1), jnp.zeros(30, jnp.float32), steps=600, every=600)
+    assert sol.value.dtype == sol.history["objective"].dtype == jnp.float32
+    assert sol.history["objective"][-1] < 0.2 < sol.history["objective"][0]
+    assert sol.history["samples"][-1] == 600 * 128
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda: SOBA(0.0), ArgumentError, "step_size must be above 0"),
+    (lambda: MRBO(momentum=2.0), ArgumentError, "momentum must be above 0 and at most 1"),
+    (lambda: tl.iterate(SMALL, SOBA(batch_size=17), steps=1), ArgumentError, "batch_size must be at most the 16 samples of the inner objective"),
+    (lambda: tl.iterate(SMALL, SABA(batch_size=5), steps=1), ArgumentError, "batch_size must divide the 16 samples of the inner objective"),
+    (lambda: tl.iterate(cases.p1().problem, SOBA(), 1.0, steps=1), ArgumentError, "Bilevel is not a mean over samples"),
+    (lambda: tl.iterate(SMALL.inner(jnp.ones(3)), SOBA(), jnp.ones(4), steps=1), ArgumentError, "must be a bilevel problem with samples"),
+    (lambda: tl.iterate(SMALL, SOBA(batch_size=4), jnp.ones(4), steps=1), ShapeError, "y must"),
+    (lambda: simulated(0, dim_outer=1), ArgumentError, "dim_outer must be a whole number at least 2"),
+    (lambda: simulated(0, convexity=2.0), ArgumentError, "smoothness must be a number at least 2"),
+    (lambda: simulated(0, coupling=30.0, samples=32), ArgumentError, "no convex outer objective in 20 draws"),
+])
+def test_bad_input_is_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
