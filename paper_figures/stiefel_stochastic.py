@@ -84,13 +84,13 @@ def _digits(progress: Any, seeds: int, curves: tuple[str, ...]) -> dict[str, np.
     order = np.random.default_rng(0).permutation(ROWS)
     views = tuple(view[order] for view in views)
     white = tuple(view @ _root(view[:512].T @ view[:512] / 512 + 1e-2 * np.eye(view.shape[1]), -0.5) for view in views)
-    problem = stiefel.CCA(white[0], white[1], p=P, ridge=1e-3, reference="none")
+    problem = stiefel.CCA(white[0], white[1], p=P, ridge=1e-3, reference="value")
     steps = EPOCHS * (ROWS // BATCH)
     progress.start("runs", len(curves) * seeds)
     for i, name in enumerate(curves):
         step, normal, radius, _ = DIGITS[name]
         method = stiefel.StochasticLanding(tl.Cosine(step, steps), normal=normal, safe=radius)
-        rows: dict[str, list[Any]] = {"objective": [], "infeasibility": [], "captured": []}
+        rows: dict[str, list[Any]] = {"objective": [], "infeasibility": [], "gap": [], "captured": []}
         for seed in range(seeds):
             rng, start = np.random.default_rng(seed), []
             for view in white:
@@ -100,13 +100,13 @@ def _digits(progress: Any, seeds: int, curves: tuple[str, ...]) -> dict[str, np.
             sol = tl.iterate(problem, method, tuple(start), steps=steps, data=Epochs(white, rng, EPOCHS), throw=False,
                              record=_both)
             length = steps + 1 - len(sol.history["objective"])
-            rows["objective"].append(np.pad(np.asarray(sol.history["objective"]), (0, length), constant_values=np.nan))
-            rows["infeasibility"].append(np.pad(np.asarray(sol.history["distance"]), (0, length), constant_values=np.nan))
+            for column, key in (("objective", "objective"), ("infeasibility", "distance"), ("gap", "gap")):
+                rows[column].append(np.pad(np.asarray(sol.history[key]), (0, length), constant_values=np.nan))
             x, y = map(np.asarray, sol.value)
             fine = np.isfinite(x).all() and np.isfinite(y).all() and np.abs(x).max() < 1e6
             rows["captured"].append(_captured(x, y, *white) if fine else np.nan)
             progress.update(i * seeds + seed + 1, name)
-        data |= {f"{name}/gap": np.abs(np.array(rows["objective"]) + DIGITS_SUM) / DIGITS_SUM, f"{name}/f": np.array(rows["objective"])[:, -1],
+        data |= {f"{name}/gap": np.array(rows["gap"]) / abs(float(problem.optimum)), f"{name}/f": np.array(rows["objective"])[:, -1],
                  f"{name}/d": np.array(rows["infeasibility"]), f"{name}/captured": np.array(rows["captured"])}
     return data
 
@@ -176,16 +176,16 @@ class CanonicalCorrelations:
             label = "$" + name.split(", ", maxsplit=1)[0] + r"$, $\eta = $" + name.split(", ", maxsplit=1)[1] if digits else name
             for ax, column in zip(axes, ("gap", "d"), strict=True):
                 values = np.where(data[f"{name}/{column}"] < 1e3, data[f"{name}/{column}"], np.nan)
-                steps, live = np.arange(values.shape[1]), np.isfinite(values).all(0)
+                steps, live = np.arange(values.shape[1]), np.isfinite(values).all(0) & (np.arange(values.shape[1]) >= (column == "d"))
                 middle = np.median(values[:, live], 0)
                 ax.semilogy(steps[live], middle, label=label, color=COLORS[shade], linestyle=style)
                 ax.fill_between(steps[live], values[:, live].min(0), values[:, live].max(0), color=COLORS[shade], alpha=0.15, linewidth=0)
                 if not live.all():
                     ax.plot(steps[live][-1], middle[-1], marker="x", color=COLORS[shade], markersize=6, markeredgewidth=1.5)
-        axes[0].set(xlabel="step", ylabel=r"$|f - f^*|/|f^*|$", ylim=(1e-3, 3) if digits else (1e-2, 2))
+        axes[0].set(xlabel="step", ylabel="relative gap after retraction" if digits else r"$|f - f^*|/|f^*|$", ylim=(1e-3 if digits else 1e-2, 2))
         axes[1].set(xlabel="step", ylabel=r"$\|h_X\| + \|h_Y\|$", ylim=(5e-3, 10) if digits else (5e-7, 2e3))
         title = "8 x 8 digits in place of MNIST" if digits else "MNIST"
-        pictures.letters(axes, [f"objective, {title}", "infeasibility"])
+        pictures.letters(axes, [title, "infeasibility"])
         pictures.legend(picture, axes, ncols=3 if digits else 4)
         return picture
 
@@ -237,7 +237,8 @@ FINE = {"U-statistic": 5e-3, "online, Xh": 5e-3}
         caption=r"A mixture of 10 Laplace sources, batches of 1000, step sizes a tenth from steps 300 and 400 on. Top: objective; the grey line is "
                 r"its constrained minimum over the sample, and what is below it is infeasible. Middle: Amari distance to the mixing matrix. Bottom: "
                 r"$\|h\|$. Online landing with the same batch in both factors B ends at a biased point; the running mean, the U-statistic and the "
-                r"normal term $Xh$ do not (the last two are not in the paper).")
+                r"normal term $Xh$ do not (the last two are not in the paper). B is nearly 2I, so that PLAM and Riemannian descent take the same "
+                r"steps at first.")
 class IndependentComponents:
     """Objective, Amari distance and infeasibility."""
 
@@ -277,7 +278,7 @@ class IndependentComponents:
             if f"{name}/f" in data:
                 for ax, column in zip(axes, ("f", "amari", "d"), strict=True):
                     ax.plot(data["step"], data[f"{name}/{column}"], label=name.replace("Xh", "$Xh$"), color=COLORS[shade], linestyle=style)
-        axes[0].set(ylabel="objective", ylim=(3.3, 3.6))
+        axes[0].set(ylabel="objective", ylim=(3.25, 3.75))
         axes[1].set(ylabel="Amari distance", yscale="log", ylim=(8e-5, 3))
         axes[2].set(ylabel=r"$\|h\|$", yscale="log", ylim=(2e-7, 1), xlabel="step")
         pictures.legend(picture, axes, ncols=2)
@@ -298,7 +299,8 @@ class IndependentComponents:
                     note="infeasible, not better")
         check.above("averaged landing: objective in the end less the constrained minimum", data["landing avg./f"][-1] - LEAST, 0.0)
         if "Riem. GD avg." in curves:
-            check.above("Riem. GD: Amari distance at step 200", data["Riem. GD avg./amari"][at[200]], 5e-2)
+            late = data["Riem. GD avg./amari"][at[200]] / data["landing avg./amari"][at[200]]
+            check.above("step 200: Amari distance of Riem. GD over that of averaged landing", late, 10)
             check.equal("Riem. GD: |h| in the end, the ridge", data["Riem. GD avg./d"][-1], 1.5813e-6, 1e-3, relative=True)
         if "PLAM avg." in curves:
             check.below("PLAM: Amari distance in the end", data["PLAM avg./amari"][-1], 1e-2)

@@ -1,7 +1,8 @@
 """theorylab: theory and numerics on one JAX core.
 
 Two verbs compute (`iterate`, `integrate`), one chooses for you (`solve`), one repeats (`sweep`), one judges (`fit_rate`, inside a
-`claim`). The families bring the nouns: `theorylab.transformer_pde`.
+`claim`). The families bring the nouns: `theorylab.transformer_pde`, `acvi`, `stiefel`,
+`hypergradient` and `moe`.
 """
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from theorylab import stiefel
 from theorylab.errors import ArgumentError, ShapeError
 
 optax = pytest.importorskip("optax")
-from theorylab.interop.optax import OptaxMethod, TwoSamples, landing  # noqa: E402
+from theorylab.interop.optax import OptaxMethod, TwoSamples, landing
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(RNG.normal(size=(N, 2))) / 2, "b": jnp.ones(3)}
@@ -39,7 +39,7 @@ def test_updates_are_steps_along_the_landing_field_and_plain_descent_elsewhere()
 
 def test_the_contracts_of_optax_are_kept():
     """jit, scan, chain, masked, multi_transform, schedules, apply_updates, and a state that is a pytree of arrays."""
-    where = lambda params: jax.tree.map(lambda a: a.ndim == 2, params)  # noqa: E731
+    where = lambda params: jax.tree.map(lambda a: a.ndim == 2, params)
     schedule = optax.constant_schedule(0.1)
     variants = {
         "plain": landing(0.1, constraint=WHERE),

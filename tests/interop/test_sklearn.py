@@ -10,11 +10,11 @@ import pytest
 import scipy.linalg
 
 pytest.importorskip("sklearn")
-from sklearn.base import clone  # noqa: E402
-from sklearn.exceptions import ConvergenceWarning  # noqa: E402
-from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from theorylab.interop.sklearn import GeneralizedEigen, LandingICA, StochasticCCA  # noqa: E402
+from theorylab.interop.sklearn import GeneralizedEigen, LandingICA, StochasticCCA
 
 RNG = np.random.default_rng(0)
 COMMON = RNG.normal(size=(300, 2))
@@ -42,7 +42,7 @@ def test_correlations_are_those_of_whitening_from_all_data_and_from_chunks():
     model = StochasticCCA(2, ridge=1e-6, random_state=0).fit(LEFT, RIGHT)
     assert np.abs(model.correlations_ - exact).max() < 5e-3
     assert abs(model.score(LEFT, RIGHT) - model.correlations_.sum()) < 1e-12
-    scores, others = model.transform(LEFT, RIGHT)
+    scores, _ = model.transform(LEFT, RIGHT)
     assert np.abs(scores.T @ scores / 300 - np.eye(2)).max() < 1e-4                      # feasible up to the ridge
     assert np.array_equal(clone(model).fit(LEFT, RIGHT).x_rotations_, model.x_rotations_)
     chunks = StochasticCCA(2, ridge=1e-6, random_state=0)

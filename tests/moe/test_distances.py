@@ -1,4 +1,4 @@
-"""Distances: golden numbers, closed forms for single Gaussians, Monte Carlo against quadrature, and the statements about the density that rest on them."""
+"""Distances: golden numbers, closed forms for single Gaussians, Monte Carlo against quadrature, and statements about the density."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_in_logit_mode_the_copies_must_be_equally_many():
         assert float(hellinger(truth, duplicated(truth, copies, active), WIDE).value) == pytest.approx(h, abs=5e-4 if h else 1e-7)
 
 
-@pytest.mark.parametrize(("m", "last"), [(2, 2.10e-5), pytest.param(3, 2.10e-7, marks=pytest.mark.slow), pytest.param(4, 2.11e-9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("m", "last"), [(2, 2.10e-5), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(3, 2.10e-7), (4, 2.11e-9)])])
 def test_a_gauss_hermite_split_changes_the_density_at_order_2m(m, last):
     t = np.array([0.14, 0.1])
     h, tv = (np.array([float(distance(S2, split(S2, 0, at, m), (0.0, 1.0)).value) for at in t]) for distance in (hellinger, total_variation))

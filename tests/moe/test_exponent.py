@@ -1,4 +1,4 @@
-"""The exponent: witnesses and residuals in closed form, certificates against the table of the specification, the system against its generating function."""
+"""The exponent: witnesses and residuals in closed form, certificates against published costs, the system against its generating function."""
 
 from __future__ import annotations
 

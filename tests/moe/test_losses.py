@@ -33,7 +33,7 @@ def brute(fit, truth, kind, t0=0.0, t1=0.0, cells=None, norm="l2"):
     """The definition, atom by atom and set by set, in plain Python."""
     f = [np.asarray(a) for a in (fit.gate_coef + t1, fit.expert_coef, fit.expert_intercept[:, None], fit.variance[:, None])]
     t = [np.asarray(a) for a in (truth.gate_coef, truth.expert_coef, truth.expert_intercept[:, None], truth.variance[:, None])]
-    parts = lambda i, j: [np.linalg.norm(a[i] - b[j]) for a, b in zip(f, t, strict=True)]  # noqa: E731
+    parts = lambda i, j: [np.linalg.norm(a[i] - b[j]) for a, b in zip(f, t, strict=True)]
     far = (lambda p: sum(v**2 for v in p)) if norm == "l2" else sum
     if cells is None:
         cells = [min(range(truth.experts), key=lambda j, i=i: far(parts(i, j))) for i in range(fit.experts)]
@@ -96,8 +96,8 @@ def test_the_reference_alignment_matches_weight_and_mean_slope_of_the_last_cell(
     np.testing.assert_allclose(weight @ np.asarray(fit.gate_coef)[inside] / weight.sum(), S3.gate_coef[3], atol=1e-13)
 
 
-@pytest.mark.parametrize(("kind", "K"), [("exact", 2), ("exact", 3), ("over_specified", 2),
-                                         pytest.param("over_specified", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "K"), [("exact", 2), ("over_specified", 3), pytest.param("exact", 3, marks=pytest.mark.slow),
+                                         pytest.param("over_specified", 2, marks=pytest.mark.slow)])
 def test_the_infimum_is_the_one_a_general_optimizer_finds(kind, K):
     truth = S1.replace(active=K)
     cells = np.asarray(voronoi_cells(A3_FIT, truth, features="experts"))

@@ -12,7 +12,7 @@ import scipy.optimize
 
 import theorylab as tl
 from tests.moe.cases import s1_likelihood
-from theorylab.errors import ArgumentError, RunWarning, ShapeError
+from theorylab.errors import ArgumentError, ShapeError
 from theorylab.moe.annealing import _soft_log_density, standard, with_gate
 from theorylab.moe.em import EM
 from theorylab.moe.lbfgs import lbfgs
@@ -28,9 +28,9 @@ def s0_likelihood(n=300, key=0, **options):
     return Likelihood(*S0.sample(n, key=key), experts=2, active=1, selection="logit", **options)
 
 
-def reference(likelihood, truth):
-    """What EM reaches from the truth."""
-    return float(likelihood.log_likelihood(tl.iterate(likelihood, EM(), truth, steps=100, stop=tl.Below("gain", 1e-9), throw=False).value))
+def reference(likelihood, start):
+    """What EM reaches."""
+    return float(likelihood.log_likelihood(tl.iterate(likelihood, EM(), start, steps=100, stop=tl.Below("gain", 1e-9), throw=False).value))
 
 
 def test_four_starts_that_know_nothing_find_the_two_lines():
@@ -42,8 +42,7 @@ def test_four_starts_that_know_nothing_find_the_two_lines():
     crossing = -float((fit.gate_intercept[0] - fit.gate_intercept[1]) / (fit.gate_coef[0, 0] - fit.gate_coef[1, 0]))
     assert crossing == pytest.approx(0.32, abs=0.02)
     # EM alone stays where it starts
-    stuck = [float(likelihood.log_likelihood(tl.iterate(likelihood, EM(), Routing(likelihood).start(jax.random.key(s)), steps=50).value)) for s in range(3)]
-    assert max(stuck) < reference(likelihood, S0) - 0.1 * 300
+    assert reference(likelihood, Routing(likelihood).start(jax.random.key(0))) < reference(likelihood, S0) - 0.1 * 300
 
 
 @pytest.mark.slow
@@ -53,7 +52,8 @@ def test_nine_of_ten_wrong_gates_in_the_plane_are_repaired(selection, noise):
     for seed in range(10):
         likelihood = Likelihood(*truth.sample(1500, key=seed, low=-1.0), experts=4, active=2, selection=selection)
         rng = np.random.default_rng(seed)
-        wrong = truth.replace(gate_intercept=truth.gate_intercept + noise * rng.normal(size=4), gate_coef=truth.gate_coef + noise * rng.normal(size=(4, 2)))
+        shift = noise * rng.normal(size=(4, 3))
+        wrong = truth.replace(gate_intercept=truth.gate_intercept + shift[:, 0], gate_coef=truth.gate_coef + shift[:, 1:])
         found = tl.iterate(likelihood, RoutingSearch(4), wrong, steps=25, stop=tl.Below("gain", 1e-7), throw=False, key=seed)
         good += float(found.history.last("log_likelihood")) > reference(likelihood, truth) - 2e-3 * 1500
     assert good >= 9

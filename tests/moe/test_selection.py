@@ -91,6 +91,7 @@ def test_degrees_of_freedom_count_components():
     assert degrees_of_freedom(apart, np.array([-0.5, 0.5])) == 2 * 2 + 4 * 3
 
 
+@pytest.mark.slow
 def test_one_expert_is_least_squares():
     x, y = S2.sample(200, key=0)
     found = select_order(x, y, [1], starts=2)

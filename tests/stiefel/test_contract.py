@@ -54,7 +54,8 @@ NEGATIVE = B - 1.5 * np.eye(N)
     (lambda: stiefel.CCA.streamed((DATA, OTHER), p=2).feed((DATA, OTHER[:9])), ShapeError, "same number of rows, got \\[60, 9\\]"),
     (lambda: stiefel.CCA.streamed((DATA, OTHER), p=2).feed(DATA), ShapeError, "batch must hold 2 arrays of rows"),
     # starts
-    (lambda: tl.iterate(gevp(), stiefel.Landing(0.1, safe=0.5), 3 * gevp().start(jax.random.key(0)), steps=1), InfeasibleStartError, "begin at retract"),
+    (lambda: tl.iterate(gevp(), stiefel.Landing(0.1, safe=0.5), 3 * gevp().start(jax.random.key(0)), steps=1), InfeasibleStartError,
+     "begin at retract"),
     (lambda: tl.iterate(gevp(), stiefel.Landing(0.1), np.ones((N, 3)), steps=1), InfeasibleStartError, "smallest eigenvalue"),
     (lambda: tl.iterate(gevp(), stiefel.Landing(0.1), np.full((N, 3), np.nan), steps=1), NonFiniteInputError, "x0 must be finite"),
 ])

@@ -96,7 +96,7 @@ class OneStep(Estimator):
     Example:
         >>> from theorylab import hypergradient as hg
         >>> problem = hg.Bilevel(lambda x, y: x**2 - y * x, lambda x, y: x, x=0.0, y=1.0)
-        >>> hg.hypergradient(problem, 0.3, 1.0, OneStep()).value.item()
+        >>> round(hg.hypergradient(problem, 0.3, 1.0, OneStep()).value.item(), 12)
         0.5
     """
 

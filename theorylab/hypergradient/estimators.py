@@ -343,7 +343,7 @@ def hypergradient(problem: Any, x: Any, y: Any, estimator: Estimator | None = No
     Example:
         >>> from theorylab import hypergradient as hg
         >>> problem = hg.Bilevel(lambda x, y: jnp.sum((x - y["a"]) ** 2), lambda x, y: jnp.sum(x), x=jnp.zeros(2), y={"a": jnp.ones(2)})
-        >>> hypergradient(problem, jnp.ones(2), {"a": jnp.ones(2)}).value["a"].tolist()
+        >>> hypergradient(problem, jnp.ones(2), {"a": jnp.ones(2)}).value["a"].round(12).tolist()
         [1.0, 1.0]
     """
     estimator = as_estimator(estimator)

@@ -23,7 +23,7 @@ from theorylab.stiefel.ica import ICA
 from theorylab.stiefel.polish import polish
 from theorylab.stiefel.stochastic import DEFAULT_OFFSET, StochasticLanding
 
-FLOATS = (np.float64, np.float32)
+FLOATS: Any = (np.float64, np.float32)
 LEAST_STEPS = 400
 
 
@@ -188,6 +188,9 @@ class StochasticCCA(_Estimator):
 
 class _Solved(_Estimator):
     """Estimators of one view that solve their problem to a tolerance and have components."""
+
+    mean_: np.ndarray
+    components_: np.ndarray
 
     def _solve(self, problem: Any) -> np.ndarray:
         """The point of the default method, finished to round-off."""

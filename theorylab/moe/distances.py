@@ -134,7 +134,7 @@ def _measure(p: Any, q: Any, law: Any, kind: str, key: Any, samples: int, panels
     if p.dim != q.dim:
         raise ShapeError(f"p and q must have one dimension, got {p.dim} and {q.dim}")
     checks.same_dtype(p=p.variance, q=q.variance)
-    law, box = _read(law, p.dim)
+    law, box = read_law(law, p.dim)
     if isinstance(law, tuple) and not box:
         return _summed(p, q, law[0].astype(p.dtype), law[1].astype(p.dtype), kind=kind)
     if isinstance(law, tuple) and p.dim <= 2:
@@ -153,7 +153,7 @@ def _measure(p: Any, q: Any, law: Any, kind: str, key: Any, samples: int, panels
     return _sampled(p, q, x, as_key(key), kind=kind)
 
 
-def _read(law: Any, dim: int) -> tuple[Any, bool]:
+def read_law(law: Any, dim: int) -> tuple[Any, bool]:
     """The corners of a box, points with weights that sum to 1, or a sampler; and whether it is a box."""
     if callable(law):
         return law, False

@@ -16,7 +16,7 @@ from theorylab.core.stop import Below
 from theorylab.errors import ArgumentError
 from theorylab.lab.replicates import Table
 from theorylab.lab.sweep import sweep_grid
-from theorylab.moe.distances import hellinger
+from theorylab.moe.distances import hellinger, read_law
 from theorylab.moe.em import EM
 from theorylab.moe.losses import voronoi_loss
 from theorylab.moe.model import Mixture
@@ -76,8 +76,8 @@ def rate_study(truth: Mixture, experts: int, sizes: Sequence[int], replicates: i
     sizes = [checks.whole("sizes", n, low=experts * (truth.dim + 2)) for n in sizes]
     if not sizes:
         raise ArgumentError("sizes must name at least one sample size")
-    if not callable(law) and not (isinstance(law, (tuple, list)) and len(law) == 2):
-        raise ArgumentError(f"law must be a pair (low, high) or a function of (key, n), got {law!r}")
+    if not (callable(law) or read_law(law, truth.dim)[1]):
+        raise ArgumentError("law must be a pair (low, high) or a function of (key, n): a study draws new inputs, got points with weights")
     checks.real("tolerance", tolerance, above=0.0)
     # Checked here, before anything is drawn: inside the sweep an error would come after the compilation.
     voronoi_loss(truth, truth, kind, align=align, features=features)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from theorylab.core import checks
 from theorylab.core.keys import Key
-from theorylab.core.module import size
+from theorylab.core.module import choice, size
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
 from theorylab.stiefel.closed_forms import ordered, signs
@@ -57,6 +57,7 @@ class MultiviewCCA(BlockProblem):
     solution: Any
     batch: Batch | None
     p: int = size()
+    fed: bool = choice()
 
     def __init__(self, views: Sequence[Any], p: int, *, ridge: Any = 0.0, center: bool = True, reference: str = "auto"):
         if not isinstance(views, (tuple, list)) or len(views) < 2:
@@ -80,7 +81,7 @@ class MultiviewCCA(BlockProblem):
         if moments is not None or max(dims) <= TESTED:
             operators, cross = _covariances(rows if moments is None else moments, ridges)
         return {"views": rows, "operators": operators, "cross": cross, "centre": centre, "ridge": ridges, "p": columns_argument(p, *dims),
-                "optimum": None, "solution": None, "batch": None}
+                "optimum": None, "solution": None, "batch": None, "fed": False}
 
     def referred(self, reference: str) -> dict[str, Any]:
         """What the metrics compare with; no closed form is known for more than two views."""

@@ -20,7 +20,6 @@ from jax import lax
 
 from theorylab.core import checks, pencil
 from theorylab.core.keys import Key
-from theorylab.core.module import choice
 from theorylab.core.problem import Problem
 from theorylab.core.psd import product, rank_cut
 from theorylab.errors import ArgumentError, InfeasibleStartError, ShapeError
@@ -80,7 +79,7 @@ class BlockProblem(Problem):
 
     p: eqx.AbstractVar[int]
     batch: eqx.AbstractVar[Any]
-    fed: bool = choice(False)
+    fed: eqx.AbstractVar[bool]
 
     # ------------------------------------------------------------------------------------------ what a subclass defines
 

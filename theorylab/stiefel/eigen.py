@@ -12,7 +12,7 @@ import numpy as np
 
 from theorylab.core import checks, pencil
 from theorylab.core.keys import Key, stream
-from theorylab.core.module import size
+from theorylab.core.module import choice, size
 from theorylab.core.psd import product, rank_cut
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
 from theorylab.stiefel.closed_forms import ordered
@@ -51,6 +51,7 @@ class GEVP(BlockProblem):
     solution: Any
     batch: Batch | None
     p: int = size()
+    fed: bool = choice()
 
     def __init__(self, A: Any, B: Any, p: int, *, reference: str = "auto"):
         a, b = (_plain(M) for M in (A, B))
@@ -59,8 +60,8 @@ class GEVP(BlockProblem):
         if not isinstance(self.cost, Implicit) and not isinstance(self.operator, Implicit):
             checks.same_dtype(A=self.cost, B=self.operator)
         self.p = columns_argument(p, self.operator.dim)
-        self.batch = None
-        self.optimum = self.solution = None
+        self.batch = self.optimum = self.solution = None
+        self.fed = False
         fill(self, {}, reference)
 
     def referred(self, reference: str) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class LDA(GEVP):
         member = jnp.asarray(index.reshape(-1)[:, None] == np.arange(len(classes)), X.dtype)
         between, within = _scatters(X, member)
         self.cost, self.operator = Dense(between), Dense(plus(within, ridge_argument("ridge", ridge, X.shape[1])))
-        self.p = columns_argument(p, X.shape[1])
+        self.p, self.fed = columns_argument(p, X.shape[1]), False
         self.batch = self.optimum = self.solution = None
         fill(self, {}, reference)
 

@@ -83,6 +83,7 @@ class ICA(BlockProblem):
     p: int = size()
     contrast: str = choice()
     sign: Any = choice()
+    fed: bool = choice()
 
     def __init__(self, X: Any, p: int, contrast: str = "logcosh", *, sign: str | int = "auto", ridge: Any = 0.0, center: bool = True,
                  mixing: Any = None):

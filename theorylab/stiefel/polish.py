@@ -99,11 +99,12 @@ def _projection(products: Blocks) -> Callable[[Blocks], Blocks]:
     """The orthogonal projection of blocks to the tangent space, where xᵀ B u is skew, from the products B x; see `multiplier`."""
     pairs = [jnp.linalg.eigh(_sym(product(bt, bt.mT))) for bt in products]
 
-    def normal(bt: Array, values: Array, vectors: Array, v: Array) -> Array:
+    def normal(bt: Array, pair: Any, v: Array) -> Array:
+        values, vectors = pair
         inside = product(vectors.mT, _sym(product(bt, v.mT)), vectors)
         return 2 * product(vectors, inside / (values[:, None] + values), vectors.mT) @ bt
 
-    return lambda blocks: tuple(v - normal(bt, *pair, v) for bt, pair, v in zip(products, pairs, blocks, strict=True))
+    return lambda blocks: tuple(v - normal(bt, pair, v) for bt, pair, v in zip(products, pairs, blocks, strict=True))
 
 
 def _residual(problem: BlockProblem, batch: Batch, x: Blocks) -> Array:

@@ -51,6 +51,7 @@ class StiefelProblem(BlockProblem):
     batch: Batch | None
     p: int = size()
     function: Callable = choice()
+    fed: bool = choice()
 
     def __init__(self, objective: Callable, B: Any, p: int, args: Any = (), *, n: int | None = None, optimum: Any = None, solution: Any = None):
         if not callable(objective):
@@ -62,7 +63,7 @@ class StiefelProblem(BlockProblem):
         B = B if rows is None else Gram(checks.array("B", rows, (None, n)))
         self.operator = as_operator("B", B, n, dtype=leaves[0].dtype if leaves else None)
         self.p = columns_argument(p, self.operator.dim)
-        self.batch = None
+        self.batch, self.fed = None, False
         self.optimum = None if optimum is None else jnp.asarray(checks.real("optimum", optimum), self.dtype)
         self.solution = None if solution is None else reference_of(self.operator, checks.array("solution", solution, (self.operator.dim, self.p)))
         shape = jax.eval_shape(self.function, jax.ShapeDtypeStruct((self.operator.dim, self.p), self.dtype), self.args)
@@ -141,6 +142,7 @@ class Procrustes(BlockProblem):
     solution: Any
     batch: Batch | None
     p: int = size()
+    fed: bool = choice()
 
     def __init__(self, A: Any, C: Any, B: Any = None):
         self.C = checks.array("C", C, (None, None))
@@ -151,6 +153,7 @@ class Procrustes(BlockProblem):
             raise ShapeError(f"C must have at most {self.operator.dim} columns, the size of B, got {self.C.shape[1]}")
         self.p = columns_argument(self.C.shape[1], self.operator.dim)
         self.batch = self.optimum = self.solution = None
+        self.fed = False
         if self.p == self.operator.dim or (self.A is None and B is None):
             from theorylab.stiefel.closed_forms import nearest
 
