@@ -12,7 +12,9 @@ from tests.stiefel.test_landing import DATA, OTHER, A, B, N, gevp
 from theorylab import stiefel
 from theorylab.errors import ArgumentError, ShapeError
 
-optax = pytest.importorskip("optax")
+pytest.importorskip("optax")
+import optax
+
 from theorylab.interop.optax import OptaxMethod, TwoSamples, landing
 
 RNG = np.random.default_rng(0)

@@ -86,10 +86,10 @@ def landing(learning_rate: Any, attraction: Any = 1.0, constraint: Any = True, *
     def init(params: Any) -> LandingState:
         return LandingState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: LandingState, params: Any = None, **extra: Any) -> tuple[Any, LandingState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LandingState]:
         if params is None:
             raise ValueError("landing needs the parameters: call update(gradients, state, params)")
-        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        eta: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         pull = 1 / (2 * eta) if isinstance(attraction, str) else attraction
 
         def below(kind: Any, gradients: Any, points: Any) -> Any:
@@ -97,7 +97,7 @@ def landing(learning_rate: Any, attraction: Any = 1.0, constraint: Any = True, *
 
         now = extra.get("constraint")
         moved = jax.tree.map(below, constraint if now is None else now, updates, params, is_leaf=_is_constraint)
-        return moved, LandingState(optax.safe_increment(state.count))
+        return moved, LandingState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

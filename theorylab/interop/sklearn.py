@@ -128,7 +128,7 @@ class StochasticCCA(_Estimator):
         X, Y = self._views(X, y, True)
         self._forget()
         problem = CCA(X, Y, self._width(X, Y), ridge=self.ridge, reference="none")
-        method = StochasticLanding(1.0, self.batch_size, estimator="u_statistic" if self.unbiased else "one_batch", preconditioner="auto")
+        method = StochasticLanding(self.step_size, self.batch_size, estimator="u_statistic" if self.unbiased else "one_batch", preconditioner="auto")
         steps = max(int(self.epochs) * (len(X) // method.rows_per_batch(problem)), LEAST_STEPS)
         sol = iterate(problem, method.replace(step_size=Cosine(self.step_size, steps)), steps=steps, every=steps, key=self._seed())
         x, y_ = polish(problem, sol.value, steps=0)
@@ -267,6 +267,8 @@ class GeneralizedEigen(_Solved):
     def _matrix(self, X: np.ndarray, background: Any) -> np.ndarray:
         """The metric B."""
         n, kind = X.shape[1], X.dtype
+        if self.metric is not None and np.shape(self.metric) != (n, n):
+            raise ValueError(f"metric must have shape ({n}, {n}) to match X, got {np.shape(self.metric)}")
         b = np.eye(n, dtype=kind) if self.metric is None else np.asarray(self.metric, kind)
         if background is not None:
             apart = background - background.mean(axis=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class _Explicit(Measured):
     """Steps along a direction made of products: exact, or on batches where `batch_size` or a fed batch or an average says so."""
 
     if TYPE_CHECKING:
-        step_size: Any
+        step_size: ClassVar[Any]
 
     def direction(self, xt: Array, bt: Array, gt: Array, gram: Array) -> Array:
         """The direction of one transposed block."""

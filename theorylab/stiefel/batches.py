@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ class Sampled(Method):
     """A method on minibatches, or on a problem that holds a batch it was fed. A subclass has the fields that are named here."""
 
     if TYPE_CHECKING:
-        batch_size: Any
-        average: str
-        order: str
-        per_pass: Any
+        batch_size: ClassVar[Any]
+        average: ClassVar[Any]
+        order: ClassVar[Any]
+        per_pass: ClassVar[Any]
 
     @property
     def least(self) -> int:

@@ -140,9 +140,7 @@ def _(check: Check, points: int) -> None:
         for i, (x, _) in enumerate(_points(points)):
             v = np.random.default_rng(i).standard_normal(4)
             at = tensors(problem, 3 * x, y)
-            ly, lx = ((a.G2 - a.F2.T @ v, a.G1 - a.F1.T @ v) for a in (at, star)), None
-            (y_here, r), (y_star, x_star) = ly
-            del lx
+            (y_here, r), (y_star, x_star) = ((a.G2 - a.F2.T @ v, a.G1 - a.F1.T @ v) for a in (at, star))
             error = y_here - star.omega
             exact = y_here - y_star + star.J.T @ (r - x_star) - star.J.T @ r
             off.append(np.linalg.norm(error - exact) / np.linalg.norm(error))

@@ -1,0 +1,118 @@
+"""Baselines: truncated series, unrolled descent, and minibatches of the Hessian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from theorylab.core.keys import stream
+from theorylab.hypergradient.baselines import Neumann, Unrolled
+from theorylab.hypergradient.claims._programs import DERIVED, draw, norms, penalties, ridge
+from theorylab.hypergradient.claims.family import Parts
+from theorylab.hypergradient.estimators import compiled
+from theorylab.lab.claims import claim
+from theorylab.lab.evidence import Check
+
+
+def _pair(problem: Any, how: Any, x: Any, y: Any) -> list:
+    return [one.estimate(problem, x, y).value for one in how]
+
+
+@claim("hypergradient.neumann-and-unrolled", source=DERIVED,
+       statement=r"At the solution the error of K terms of the Neumann series is $-J^\top(I - \eta F_1)^K G_1$, and K unrolled gradient steps started "
+                 r"there give the same number.",
+       fast={"terms": (1, 7)}, full={"terms": (1, 2, 3, 5, 10, 30, 100)})
+def _(check: Check, terms: tuple[int, ...]) -> None:
+    problem, y = ridge(), jnp.asarray(penalties())
+    x = problem.exact(y)
+    at = Parts(problem, x, y)
+    eta = 1.5 / np.linalg.eigvalsh(at.H)[-1]
+    for K in terms:
+        series, unrolled = map(np.asarray, compiled(_pair, problem, (Neumann(K, eta), Unrolled(K, eta)), x, y))
+        predicted = -at.J.T @ np.linalg.matrix_power(np.eye(4) - eta * at.H, K) @ at.G1
+        check.below(f"K = {K}: error of the series less the prediction", np.abs(series - (at.G2 + at.J.T @ at.G1) - predicted), 1e-13)
+        check.below(f"K = {K}: unrolled less the series", np.abs(unrolled - series), 1e-14)
+        check.above(f"K = {K}: size of that error", np.linalg.norm(predicted), 1e-3 if K < 10 else 0)
+
+
+def unrolled_errors(problem: Any, x: Any, y: Any, eta: Any, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Values of unrolled descent (by the forward recursion) and of the implicit formula after each number of steps from x, and the iterates.
+
+    Pure; an independent form of `Unrolled`, which differentiates backwards for one number of steps.
+    """
+
+    def step(carry, _):
+        x, J = carry
+        at = problem.at(x, y)
+        H, F2 = at.matrix(), jax.vmap(at.cross_product, out_axes=1)(jnp.eye(len(y), dtype=y.dtype))
+        x, J = x - eta * at.residual, J - eta * (H @ J + F2)
+        after = problem.at(x, y)
+        implicit = after.outer_y - after.cross_pullback(jnp.linalg.solve(after.matrix(), after.outer_x))
+        return (x, J), (after.outer_y + J.T @ after.outer_x, implicit, x)
+
+    return lax.scan(step, (x, jnp.zeros((x.shape[0], y.shape[0]), x.dtype)), None, length=steps)[1]
+
+
+@claim("hypergradient.unrolled-factor", source=DERIVED,
+       statement=r"Along gradient descent from a start that is no solution the error of unrolled differentiation is that of the implicit formula times a "
+                 r"factor that grows linearly with the number K of steps.",
+       fast={"steps": 160}, full={"steps": 400})
+def _(check: Check, steps: int) -> None:
+    problem, y = ridge(), penalties()
+    x = np.asarray(problem.exact(jnp.asarray(y)))
+    at = Parts(problem, x, y)
+    lambdas = np.linalg.eigvalsh(at.H)
+    eta = 1.0 / lambdas[-1]
+    rate = 1 - eta * lambdas[0]
+    start = jnp.asarray(x + 2 * draw().d)
+    itd, aid, path = map(np.asarray, compiled(unrolled_errors, problem, start, jnp.asarray(y), jnp.asarray(eta), steps))
+    gradient = at.G2 + at.J.T @ at.G1
+    ratio = norms(itd - gradient) / norms(aid - gradient)
+    last = int(min(steps, np.log(1e-9) / np.log(rate)))                                     # before rounding
+    K = np.arange(1, steps + 1)
+    check.above("steps before rounding", last, 40, note=f"contraction {rate:.3f}")
+    third = K[last // 3 : last]
+    line = np.polyfit(third, ratio[last // 3 : last], 1)
+    check.above("slope of the ratio of errors against K", line[0], 1e-2)
+    check.below("its distance to a line over the last two thirds, relative", np.abs(np.polyval(line, third) / ratio[last // 3 : last] - 1), 0.1)
+    check.above("ratio at the end over that at a third", ratio[last - 1] / ratio[last // 3], 2)
+    library = np.asarray(compiled(_pair, problem, (Unrolled(40, eta),), start, jnp.asarray(y))[0])
+    check.below("Unrolled(40) less the forward recursion", np.abs(library - itd[39]), 1e-12)
+
+
+@claim("hypergradient.stochastic-hessian", source=DERIVED,
+       statement=r"With a minibatch of size B for the Hessian of the adjoint system, and all else exact, the bias falls as 1/B and the standard deviation as "
+                 r"$B^{-1/2}$: averaging independent minibatch hypergradients never removes the bias.",
+       fast={"sizes": (25, 50, 100, 200, 400), "draws": 2000}, full={"sizes": (25, 50, 100, 200, 400), "draws": 40_000})
+def _(check: Check, sizes: tuple[int, ...], draws: int) -> None:
+    from theorylab.hypergradient.claims.references import shipped
+    from theorylab.hypergradient.inner import reference
+
+    problem, y, _ = shipped("breast_cancer")
+    x, A = np.asarray(reference(problem, y)), np.asarray(problem.A)
+    at = problem.at(jnp.asarray(x), y)
+    H, D, weight, G1 = np.asarray(at.matrix()), np.asarray(at.penalties), np.asarray(at.weights[0]), np.asarray(at.outer_x)
+    N, p = A.shape
+    squares = (weight[:, None, None] * A[:, :, None] * A[:, None, :]).reshape(N, -1)
+    v, F2 = np.linalg.solve(H, G1), D * x
+    bias, std = [], []
+    for B in sizes:
+        rows = np.asarray(jax.random.randint(jax.random.fold_in(stream(0, "rows"), B), (draws, B), 0, N))
+        counts = np.apply_along_axis(np.bincount, 1, rows, minlength=N).astype(float)
+        total, square, linear = np.zeros(p), np.zeros(p), np.zeros(p)
+        for part in np.array_split(counts, max(1, draws // 500)):
+            sampled = (part @ squares / B).reshape(-1, p, p) + np.diag(D)
+            error = -F2 * (np.linalg.solve(sampled, np.tile(G1[:, None], (len(part), 1, 1)))[..., 0] - v)
+            # The linear part has mean zero; without it the mean needs few draws.
+            first = F2 * np.linalg.solve(H, ((sampled - H) @ v).T).T
+            total, square, linear = total + error.sum(0), square + (error**2).sum(0), linear + first.sum(0)
+        bias.append(np.linalg.norm((total - linear) / draws))
+        std.append(np.sqrt((square / draws - (total / draws) ** 2).sum()))
+    check.slope("bias against B", np.array(sizes), np.array(bias), expected=-1.0, tol=0.25,
+                note="bias times B: " + ", ".join(f"{b * B:.3g}" for b, B in zip(bias, sizes, strict=True)))
+    check.slope("standard deviation against B", np.array(sizes), np.array(std), expected=-0.5, tol=0.05,
+                note="times the root of B: " + ", ".join(f"{s * B**0.5:.3g}" for s, B in zip(std, sizes, strict=True)))

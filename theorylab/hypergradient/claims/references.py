@@ -1,0 +1,158 @@
+"""Numbers of the companion derivation: worked cases in closed form, and the data sets that scikit-learn ships."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from theorylab.hypergradient.bilevel import Bilevel
+from theorylab.hypergradient.claims._programs import DERIVED
+from theorylab.hypergradient.estimators import NewtonPoint, OnePoint, Plain, Preconditioned, compiled
+from theorylab.hypergradient.inner import reference
+from theorylab.hypergradient.reparametrize import Reparametrized
+from theorylab.hypergradient.selection import LogisticSelection, RidgeSelection, SoftmaxSelection
+from theorylab.lab.claims import claim
+from theorylab.lab.evidence import Check
+
+Array = jax.Array
+WAYS = {"Plain": Plain(), "NewtonPoint": NewtonPoint(), "OnePoint": OnePoint(), "Precond": Preconditioned(), "PzPhi": Reparametrized("linear"),
+        "ExpPhi": Reparametrized("exponential"), "OptPhi": Reparametrized("hessian")}
+
+
+def _values(problem: Any, how: Any, x: Array, star: Array, y: Array) -> Any:
+    """Values of estimators at x, their x-Jacobians at the solution, and the second derivative of `second` along the first axis there."""
+    values, slopes = [], []
+    for one in how:
+        value = lambda x, one=one: one.estimate(problem, x, y).value  # noqa: E731
+        values.append(value(x))
+        slopes.append(jax.jacfwd(value)(star))
+    return values, slopes
+
+
+def _measured(problem: Any, names: tuple[str, ...], x: Any, star: Any, y: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    values, slopes = compiled(_values, problem, tuple(WAYS[name] for name in names), jnp.asarray(x), jnp.asarray(star), jnp.asarray(y))
+    return ({name: np.asarray(v) for name, v in zip(names, values, strict=True)}, {name: np.asarray(s) for name, s in zip(names, slopes, strict=True)})
+
+
+def _cosh(x, y):
+    return jnp.cosh(x) - y * x
+
+
+def _first(x, y):
+    return x
+
+
+ROUND = 6e-13
+
+
+@claim("hypergradient.worked-cases", source=DERIVED,
+       statement=r"Worked cases to 12 digits: $E = \cosh x - yx$, $G = x$ at $y = 1$; a ridge problem in the plane; logistic regression with one feature.",
+       fast={"tol": ROUND})
+def _(check: Check, tol: float) -> None:
+    problem, y = Bilevel(_cosh, _first, x=0.0, y=0.0), jnp.array([1.0])
+    x = np.asarray(reference(problem, 1.0)).reshape(1)
+    check.equal("cosh: solution", x, 0.881373587020, tol)
+    values, slopes = _measured(problem, ("Plain", "NewtonPoint", "OnePoint"), x + 0.1, x, y)
+    for name, value in (("Plain", 0.657264595340), ("NewtonPoint", 0.705304443578), ("OnePoint", 0.705014394652)):
+        check.equal(f"cosh: {name} at the solution + 0.1", values[name], value, tol)
+    check.equal("cosh: Omega_1 of Plain, NewtonPoint, OnePoint", np.array([slopes[n][0, 0] for n in slopes]), np.array([-0.5, 0.0, 0.0]), tol)
+    near = _measured(problem, ("Plain", "NewtonPoint", "OnePoint"), x + 1e-4, x, y)[0]
+    for name in ("NewtonPoint", "OnePoint"):
+        check.equal(f"cosh: (value - gradient) / t^2 of {name}, t = 0.0001", (near[name] - 0.5**0.5) / 1e-8, -0.176776695297, 2e-4)
+
+    train = (jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, -1.0]]), jnp.array([1.0, 0.0, 2.0]))
+    plane, y = RidgeSelection(train, (jnp.eye(2), jnp.ones(2)), objective="quadratic"), jnp.array([0.0, np.log(2.0)])
+    x, gradient = np.asarray(plane.exact(y)), np.array([-0.002854864504, -0.036082315260])
+    check.equal("plane: solution", x, np.array([0.885245901639, -0.098360655738]), tol)
+    check.equal("plane: outer value", float(plane.outer(jnp.asarray(x), y)), 0.609782316582, tol)
+    values, slopes = _measured(plane, tuple(WAYS), x + np.array([0.1, 0.05]), x, y)
+    for name, value, constant in (
+        ("Plain", (-0.044363867460, -0.017383712734), 0.424991959235), ("Precond", (0.002222513935, -0.040423200469), 0.113090415092),
+        ("PzPhi", (-0.039217785378, -0.039350701894), 0.398033054292), ("ExpPhi", (0.155922189129, 0.057647799684), 0.628610736630),
+        ("OptPhi", (-0.039861045638, -0.035356703865), 0.394469130546), ("NewtonPoint", tuple(gradient), 0.0)):
+        check.equal(f"plane: {name} at the solution + (0.1, 0.05)", values[name], np.array(value), tol)
+        check.equal(f"plane: constant of {name}", np.linalg.norm(slopes[name], 2), constant, tol)
+    outer = jax.hessian(lambda y: plane.outer(plane.exact(y), y))(y)
+    check.equal("plane: Hessian of L through the closed form", np.asarray(outer),
+                np.array([[0.155098704369, 0.021267180520], [0.021267180520, -0.009998525911]]), tol)
+
+    one, y = LogisticSelection((jnp.array([[1.0], [-2.0], [0.5]]), jnp.array([1.0, 1.0, -1.0])), (jnp.ones((1, 1)), jnp.ones(1))), jnp.zeros(1)
+    x = np.asarray(reference(one, y))
+    check.equal("one feature: solution", x, -0.174344862163, tol)
+    names = ("Plain", "NewtonPoint", "OnePoint", "Precond", "PzPhi", "ExpPhi")
+    values, slopes = _measured(one, names, x + 0.1, x, y)
+    for name, value in zip(names, (-0.026856463117, -0.066295029178, -0.064273395493, -0.066295029178, -0.062885921985, 0.078629668066), strict=True):
+        check.equal(f"one feature: {name} at the solution + 0.1", values[name], value, tol)
+    check.equal("one feature: Omega_1", slopes["Plain"], 0.416745118368, tol)
+    near = _measured(one, names, x + 1e-4, x, y)[0]
+    for name, constant in (("NewtonPoint", 0.017419035121), ("OnePoint", 0.239525197306)):
+        check.equal(f"one feature: (value - gradient) / t^2 of {name}, t = 0.0001", (near[name] + 0.066404275074) / 1e-8, constant, 2e-4)
+
+
+# (N, N_v, p, q), condition number, L, |x*|, |gradient|, C, constants of Precond, PzPhi and ExpPhi, |I - P^-1 F_1|, first and last component
+TABLE: dict[str, tuple] = {
+    "diabetes": ((221, 221, 10, 1), 56.7232, 0.220416932134, 0.467903037942, 0.00388225190081, 0.0399019, 0.064103721, 0.035337023, 0.153271,
+                 2.82996, (-1.578414592e-05, 8.566552373e-05)),
+    "breast_cancer": ((285, 284, 30, 1), 23.5585, 0.125350219486, 2.21167726347, 0.00852848097622, 0.017821631, 0.037178145, 0.023946664, 0.102361,
+                      3.90909, (-1.280666696e-04, 8.622757815e-04)),
+    "wine": ((89, 89, 13, 3), 20.0928, 0.19248435803, 1.98229632576, 0.0378823703918, 0.071490217, 0.094188374, 0.078007672, 0.169669, 2.59513,
+             (0.01372861978, 0.025430611)),
+    "iris": ((75, 75, 4, 3), 8.90807, 0.530548662448, 1.22206635191, 0.0608980729113, 0.076958964, 0.030388958, 0.078374817, 0.0805443, 1.37232,
+             (0.005627210008, 0.04854218981)),
+    "linnerud": ((10, 10, 3, 3), 2.61189, 2.8877352148, 0.661248654994, 0.156750867709, 0.83343634, 0.43422183, 0.45923722, 0.797086, 0.624382,
+                 (-0.005834519969, -0.08660873279)),
+    "digits": ((899, 898, 64, 10), 68.3551, 0.259283332992, 5.02528793835, 0.019805530693, 0.11716965, 0.074365021, 0.056222873, np.nan, 8.28874,
+               (0.0, -2.462598744e-04)),
+}
+
+
+@cache
+def shipped(name: str) -> tuple[Any, Array, tuple]:
+    """A data set of scikit-learn as a selection problem with its y and its row of the table: even rows train, odd rows validate, y_j = sin(j)."""
+    from sklearn import datasets
+
+    X, t = getattr(datasets, f"load_{name}")(return_X_y=True)
+    regression = name in ("diabetes", "linnerud")
+    (A, A_out), b, b_out = _standardized(X[::2], X[1::2]), t[::2], t[1::2]
+    if regression:
+        b, b_out = _standardized(b, b_out)
+    elif name == "breast_cancer":
+        b, b_out = 2.0 * b - 1, 2.0 * b_out - 1
+    kind = RidgeSelection if regression else LogisticSelection if name == "breast_cancer" else SoftmaxSelection
+    return kind((A, b), (A_out, b_out)), jnp.sin(jnp.arange(1, A.shape[1] + 1, dtype=float)), TABLE[name]
+
+
+def _standardized(train: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population spread of the training rows; a constant column keeps the scale 1."""
+    scale = train.std(0)
+    return (train - train.mean(0)) / np.where(scale == 0, 1, scale), (other - train.mean(0)) / np.where(scale == 0, 1, scale)
+
+
+@claim("hypergradient.reference-data", source=f"{DERIVED}; data shipped with scikit-learn",
+       statement=r"Selection of regularization on six data sets: condition number, L, $\lVert x^*\rVert$, $\nabla L$ and the constants of the plain formula, of "
+                 r"the diagonal preconditioner and of the linear and exponential maps.",
+       fast={"names": ("diabetes", "breast_cancer")}, full={"names": tuple(TABLE)})
+def _(check: Check, names: tuple[str, ...]) -> None:
+    for name in names:
+        problem, y, row = shipped(name)
+        shape, condition, L, size, length, C, precond, linear, exponential, jacobi, ends = row
+        p, q = problem.shape if len(problem.shape) == 2 else (*problem.shape, 1)
+        check.true(f"{name}: shapes", (*problem.samples, p, q) == shape)
+        x = np.asarray(reference(problem, y)).reshape(-1)
+        at = problem.at(jnp.asarray(x), y)
+        H = np.asarray(at.matrix())
+        check.equal(f"{name}: condition number", np.linalg.cond(H), condition, 1e-5, relative=True)
+        check.equal(f"{name}: |I - P^-1 F_1|", np.linalg.norm(np.eye(len(H)) - H / np.diag(H)[:, None], 2), jacobi, 1e-5, relative=True)
+        check.equal(f"{name}: L", float(problem.outer(jnp.asarray(x), y)), L, 1e-11, relative=True)
+        check.equal(f"{name}: |x*|", np.linalg.norm(x), size, 1e-11, relative=True)
+        ways = ("Plain", "Precond", "PzPhi") if np.isnan(exponential) else ("Plain", "Precond", "PzPhi", "ExpPhi")
+        values, slopes = _measured(problem, ways, x, x, y)
+        for way in ways:
+            check.equal(f"{name}: |gradient| by {way}", np.linalg.norm(values[way]), length, 1e-9, relative=True)
+        check.equal(f"{name}: its first and last component", values["Plain"][[0, -1]], np.array(ends), 1e-9 * length + 1e-14)
+        constants = np.array([np.linalg.norm(slopes[way], 2) for way in ways])
+        check.equal(f"{name}: constants of {', '.join(ways)}", constants, np.array([C, precond, linear, exponential])[: len(ways)], 5e-6, relative=True)
