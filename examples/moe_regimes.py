@@ -56,7 +56,7 @@ print(f"any boundary between the data points {ordered[place - 1]:.4f} and {order
 with paper_style():
     fig, axes = plt.subplots(1, 2, figsize=figsize(2, 0.38), sharey=True)
     for ax, title, mixture in zip(axes, ("EM", "routing search"), (em.value, search.value), strict=True):
-        mixture.plot((x, y), ax=ax)
+        moe.plot(mixture, (x, y), ax=ax)
         ax.set_title(title)
         ax.axvline(0.32, color=COLORS["vermilion"], linestyle="--", linewidth=0.8)
 

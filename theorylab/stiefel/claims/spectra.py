@@ -51,7 +51,7 @@ def _operators(b: np.ndarray, vectors: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _sorted(values: np.ndarray) -> np.ndarray:
-    return np.sort(values.real, axis=-1)
+    return np.sort(np.real(values), axis=-1)
 
 
 @claim("stiefel.local-spectrum", source=DERIVED,

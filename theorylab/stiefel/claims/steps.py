@@ -79,7 +79,7 @@ def _(check: Check, shapes: tuple[Shape, ...], trials: int) -> None:
             left.append(after(official))
             conditions.append(high / low)
             w, z = 2 * sym(t(one.bx) @ field), t(field) @ one.b @ field
-            crossing = np.array([_first_crossing(*matrices, r**2) for *matrices, r in zip(one.h, w, z, radius, strict=True)])
+            crossing = np.array([_first_crossing(*each) for each in zip(one.h, w, z, radius**2, strict=True)])
             reference.append(exact / crossing)
             ratio.append(exact / rigorous)
             if kind == "gradient":

@@ -1,0 +1,96 @@
+"""Rates of convergence: exact and over-specified fits, and a fit with the wrong number of active experts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from theorylab.lab.claims import claim
+from theorylab.lab.evidence import Check
+from theorylab.moe.claims import _reference as reference
+from theorylab.moe.claims._programs import DERIVED, PAPER, atoms, fits, losses, measured
+from theorylab.moe.model import example
+
+EXACT = {"sizes": (250, 1000), "replicates": 60, "rows": 1000}
+EXACT_FULL = {"sizes": (250, 1000, 4000, 16_000), "replicates": 60, "rows": None}
+"""Settings that the claims about exactly specified fits share, so that they share the fits."""
+REGULAR = 13 / 8
+"""n times the mean of H^2 in a regular model of 13 parameters tends to this."""
+
+
+def exact(sizes: tuple[int, ...], replicates: int, rows: int | None) -> dict[str, np.ndarray]:
+    """Distances of fits with k = 3, K = 2."""
+    return measured(3, 2, sizes, replicates, rows=rows, information=True)
+
+
+@claim("moe.density-rate-exact", source=f"{PAPER}, density estimation in the exactly specified case; constants from the {DERIVED}",
+       statement=r"With $k = k^*$ and $\bar K = K$ the maximum likelihood density converges at $n^{-1/2}$ up to a logarithm, and "
+                 r"$n\,\mathbb{E} H^2 \to \mathrm{df}/8$.",
+       fast=EXACT, full=EXACT_FULL)
+def _(check: Check, sizes: tuple[int, ...], replicates: int, rows: int | None) -> None:
+    found = exact(sizes, replicates, rows)
+    h, large = found["hellinger"], np.asarray(sizes) >= 1000
+    low, high = 0.505 - 0.075, 0.505 + 0.075
+    slope = np.polyfit(np.log(sizes), np.log(h.mean(axis=1)), 1)[0]
+    check.between("slope of the mean of H", slope, -high, -low, note=f"{replicates} fits at each of n = {sizes}")
+    check.slope("slope of the mean total variation", sizes, found["variation"], expected=-0.5, tol=0.08)
+    check.equal("mean of H times the root of n, for n from 1000", h.mean(axis=1)[large] * np.sqrt(np.asarray(sizes)[large]), 1.22, 0.25, relative=True)
+    scaled = (h[large] ** 2).mean(axis=1) * np.asarray(sizes)[large]
+    error = (h[large] ** 2).std(axis=1, ddof=1) * np.asarray(sizes)[large] / np.sqrt(replicates)
+    check.below("n E[H^2] against 13/8, in standard errors", np.abs(scaled - REGULAR) / error, 4)
+
+
+@claim("moe.parameter-rate-exact", source=f"{PAPER}, parameter estimation in the exactly specified case",
+       statement=r"With $k = k^*$ and $\bar K = K$ the loss D1 of the maximum likelihood estimate converges at $n^{-1/2}$ up to a logarithm. Means "
+                 r"have a heavy tail at small n, so medians are fitted.",
+       fast={**EXACT, "tol": 0.2}, full={**EXACT_FULL, "tol": 0.09})
+def _(check: Check, sizes: tuple[int, ...], replicates: int, rows: int | None, tol: float) -> None:
+    truth, points = reference.read(example("S1")), exact(sizes, replicates, rows)["point"]
+    d1 = np.array([[losses(atoms(v, 3, 2), truth, np.arange(3)) for v in row] for row in points])
+    within = None if len(sizes) == 2 else (1000, max(sizes))
+    check.slope("slope of the median of D1" + (" from n = 1000" if within else ""), sizes, d1, expected=-0.51, tol=tol, center="median", within=within)
+    at = list(sizes).index(1000)
+    error = 1.2533 * d1[at].std(ddof=1) / np.sqrt(replicates)
+    check.below("median of D1 at n = 1000 against 1.34, in standard errors", abs(np.median(d1[at]) - 1.34) / error, 4)
+
+
+@claim("moe.density-rate-over", source=f"{PAPER}, density estimation in the over-specified case; the admissible case is a {DERIVED}",
+       statement=r"With more experts than the truth and an admissible $\bar K$ (here $k = 4$, $\bar K = 3$ for S1) the density still converges at "
+                 r"$n^{-1/2}$.",
+       fast={"sizes": (250, 1000), "replicates": 12, "rows": 1000, "steps": 100, "tol": 0.15},
+       full={"sizes": (500, 2000, 8000, 32_000), "replicates": 12, "rows": None, "steps": 300, "tol": 0.08})
+def _(check: Check, sizes: tuple[int, ...], replicates: int, rows: int | None, steps: int, tol: float) -> None:
+    finish = 0 if rows else 30
+    h = measured(4, 3, sizes, replicates, rows=rows, steps=steps, finish=finish)["hellinger"]
+    check.slope("slope of the mean of H", sizes, h, expected=-0.505, tol=tol)
+    large = np.asarray(sizes) >= 1000
+    check.equal("mean of H times the root of n, for n from 1000", h.mean(axis=1)[large] * np.sqrt(np.asarray(sizes)[large]), 1.61, 0.25, relative=True)
+
+
+CELLS = np.array([0, 1, 1, 2])
+
+
+@claim("moe.parameter-rate-over", source=f"{PAPER}, parameter estimation in the over-specified case; exponents of its companion paper",
+       statement=r"In the same fits the loss D2 converges at about $n^{-1/2}$, while within the doubled cell deviations converge much more slowly.",
+       fast=None, full={"sizes": (500, 2000, 8000, 32_000), "replicates": 40, "steps": 300, "finish": 30})
+def _(check: Check, sizes: tuple[int, ...], replicates: int, steps: int, finish: int) -> None:
+    truth = reference.read(example("S1"))
+    points = fits(4, 3, sizes, replicates, rows=None, steps=steps, finish=finish)["point"]
+    of = lambda kind: np.array([[losses(atoms(v, 4, 3), truth, CELLS, kind) for v in row] for row in points])  # noqa: E731
+    d1, d2 = of("exact"), of("over_specified")
+    check.slope("slope of the median of D2", sizes, d2, expected=-0.55, tol=0.2, center="median")
+    inside = points[..., [10, 11]] - truth.experts[1, 0]                                      # intercepts of the two copies
+    rms = np.sqrt((inside**2).mean(axis=(1, 2)))
+    slow = np.polyfit(np.log(sizes), np.log(rms), 1)[0]
+    check.between("slope of the deviations of b in the doubled cell", slow, -0.45, -0.1)
+    check.below("slope of D2 minus that of D1 (medians)", np.diff([np.polyfit(np.log(sizes), np.log(np.median(d, 1)), 1)[0] for d in (d1, d2)]), 0)
+
+
+@claim("moe.wrong-number-active", source=DERIVED,
+       statement=r"A dense fit (K = 3) to S1, which has K = 2, does not converge: its Hellinger distance tends to about 0.138, while the fit with "
+                 r"K = 2 has $1.27/\sqrt n$.",
+       fast={"sizes": (1000,), "replicates": 12, "rows": 1000}, full={"sizes": (500, 2000, 8000, 32_000), "replicates": 12, "rows": None})
+def _(check: Check, sizes: tuple[int, ...], replicates: int, rows: int | None) -> None:
+    h = measured(3, 3, sizes, replicates, rows=rows)["hellinger"].mean(axis=1)
+    check.between("mean of H of dense fits, all n", h, 0.134, 0.155)
+    if rows is None:
+        check.equal("mean of H at n = 500, 2000, 8000, 32000", h, np.array([0.147, 0.140, 0.138, 0.1377]), 0.03, relative=True)
