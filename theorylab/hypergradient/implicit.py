@@ -156,7 +156,7 @@ class _System(NamedTuple):
         _, product = jax.linearize(lambda z: self.at(z, unravel, theta), flat)
         return lax.custom_linear_solve(product, b, self._apply, None if self.symmetric else self._apply, symmetric=self.symmetric)
 
-    def _apply(self, matvec: Callable, b: Array) -> Array:
+    def _apply(self, matvec: Callable, b: Array) -> Any:
         linear = self.linear
         if isinstance(linear, (str, LinearSolver)):
             z = chosen(linear, b.shape[0], self.symmetric).factor(_Point(matvec, b), self.symmetric).solve(b).value

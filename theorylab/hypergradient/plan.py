@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from theorylab.core import checks, tree
 from theorylab.core.keys import Key, as_key, stream
@@ -18,6 +17,8 @@ from theorylab.hypergradient.linear import CG, DENSE_UP_TO, default_tolerance, l
 
 Array = jax.Array
 CANDIDATES = ("jacobi", "damped", "pcg", "stale")
+CHEAPEST_FIRST = ("plain", "jacobi", "damped", "stale", "pcg")
+TIE, ROUND_OFF = 1.01, 1e-10            # a constant this near the smallest, or this small against that of plain, is as good
 POWER_STEPS = 100
 
 
@@ -109,8 +110,8 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
     r"""Choose how to correct the inner point before the implicit formula, given how many products with $F_1$ one correction may cost.
 
     The estimator $\Omega(x - P^{-1} F)$ has the error $\Omega_1 (I - P^{-1} F_1)\delta$ to first order (paper). This is evaluated on the Newton step
-    and on random probes, for each P that the budget allows, without forming $\Omega_1$; the smallest is chosen, and whatever is not better than no
-    correction is refused: the diagonal of $F_1$ can be worse than nothing. Planning costs one factorization (or some CG runs) and is meant to be done
+    and on random probes, for each P that the budget allows, without forming $\Omega_1$; the smallest is chosen (the cheaper of two alike), and whatever is not better
+    than no correction is refused: the diagonal of $F_1$ can be worse than nothing. Planning costs one factorization (or some CG runs) and is meant to be done
     once, for many hypergradients near here (companion derivation).
 
     | candidate | $P^{-1} F$ | products |
@@ -161,7 +162,9 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
     level = constants["plain"]
     refused = tuple(name for name in constants if name != "plain" and not constants[name] < level)
     if preconditioner == "auto":
-        name = min((n for n in constants if n not in refused), key=lambda n: constants[n] if np.isfinite(constants[n]) else np.inf)
+        left = [n for n in CHEAPEST_FIRST if n in constants and n not in refused]
+        enough = max(TIE * min(constants[n] for n in left), ROUND_OFF * level)
+        name = next((n for n in left if constants[n] <= enough), "plain")
     else:
         name = preconditioner
         _check_named(name, constants, refused)

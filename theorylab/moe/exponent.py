@@ -114,7 +114,7 @@ def series_residuals(weight: Any, shift: Any, scale: Any, order: int) -> Array:
         ShapeError: arrays of different lengths.
 
     Example:
-        >>> series_residuals([0.5, 0.5], [-1.0, 1.0], [-0.5, -0.5], 4).round(6).tolist()
+        >>> [round(float(c), 6) for c in series_residuals([0.5, 0.5], [-1.0, 1.0], [-0.5, -0.5], 4)]
         [0.0, 0.0, 0.0, -0.083333]
     """
     weight = checks.array("weight", weight, (None,))

@@ -232,7 +232,7 @@ def bic(likelihood: Likelihood, fit: Mixture) -> float:
         >>> from theorylab import moe
         >>> likelihood = moe.Likelihood(*moe.weyl_sample(moe.example("S1"), 400, -1.0, 1.0), experts=3, active=2)
         >>> round(moe.bic(likelihood, moe.example("S1")), 3)
-        799.218
+        799.219
     """
     value, df, log_n = _counted(likelihood, fit)
     return -2 * value + df * log_n

@@ -65,7 +65,7 @@ def rate_study(truth: Mixture, experts: int, sizes: Sequence[int], replicates: i
 
     Example:
         >>> from theorylab import moe
-        >>> table = moe.rate_study(moe.example("S2"), 2, [200, 800], 4, key=0, steps=50, distance=False)
+        >>> table = moe.rate_study(moe.example("S2"), 2, [200, 800], 4, key=0, tolerance=1e-5, distance=False)
         >>> table["loss"].shape
         (2, 4)
     """

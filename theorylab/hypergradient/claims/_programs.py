@@ -9,10 +9,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from theorylab.core.module import Module
+from theorylab.hypergradient.baselines import OneStep
 from theorylab.hypergradient.bilevel import Bilevel
-from theorylab.hypergradient.estimators import Estimator, compiled
+from theorylab.hypergradient.estimators import Estimator, Hypergradient, NewtonPoint, OnePoint, Plain, Polish, Preconditioned, compiled
+from theorylab.hypergradient.reparametrize import Reparametrized
 from theorylab.hypergradient.selection import LogisticSelection, RidgeSelection
 
 Array = jax.Array
@@ -199,19 +202,31 @@ def case(affine: bool = False) -> Case:
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def _each(estimator: Estimator, problem: Any, xs: Array, y: Array) -> Any:
-    return jax.vmap(lambda x: estimator.estimate(problem, x, y))(xs)
+def _each(ways: dict[str, Estimator], problem: Any, xs: Array, y: Array) -> Any:
+    return {name: jax.vmap(lambda x, how=how: how.estimate(problem, x, y))(xs) for name, how in ways.items()}
 
 
-def estimates(estimator: Estimator, problem: Any, xs: Any, y: Any) -> Any:
-    """The results of an estimator of the library at each of four points; equal shapes share a program."""
-    return jax.tree.map(np.asarray, compiled(_each, estimator, problem, jnp.asarray(xs), jnp.asarray(y)))
+def estimates(ways: dict[str, Estimator], problem: Any, xs: Any, y: Any) -> dict[str, Hypergradient]:
+    """The results of estimators of the library at each of some points, in one program; equal shapes share it."""
+    return jax.tree.map(np.asarray, compiled(_each, ways, problem, jnp.asarray(xs), jnp.asarray(y)))
 
 
-def errors(estimator: Estimator, one: Case, power: int, t: np.ndarray = T) -> np.ndarray:
-    """Errors at the solution plus t d over t^power, a row for each t."""
-    found = estimates(estimator, one.problem, one.x + t[:, None] * draw().d, one.y).value
-    return (found - one.gradient) / t[:, None] ** power
+def measure(one: Case, xs: Any) -> dict[str, Hypergradient]:
+    """The results of all estimators on the generic problem at four points."""
+    P = jnp.diagonal(jnp.asarray(one.at.F1))
+    ways = {"Plain": Plain(), "NewtonPoint": NewtonPoint(), "OnePoint": OnePoint(), "Polish": Polish(), "OneStep": OneStep(),
+            "Precond": Preconditioned(P, steps=3), "linear": Reparametrized("linear"), "agnostic": Reparametrized("outer_agnostic")}
+    return estimates(ways, one.problem, xs, one.y)
+
+
+def line(one: Case, t: np.ndarray = T) -> np.ndarray:
+    """The points at the distances t from the solution, along d."""
+    return one.x + t[:, None] * draw().d
+
+
+def errors(name: str, one: Case, power: int) -> np.ndarray:
+    """Errors of an estimator along the line over t^power, a row for each t."""
+    return (measure(one, line(one))[name].value - one.gradient) / T[:, None] ** power
 
 
 def norms(rows: np.ndarray) -> np.ndarray:
@@ -244,6 +259,47 @@ def chart(x: np.ndarray, y: np.ndarray, *, z: Any = None, A: Any = None, B: Any 
     parts = (x, x if z is None else z, y, np.eye(n) if A is None else A, np.zeros((n, m)) if B is None else B,
              np.zeros((n, n, m)) if K is None else K, np.zeros((n, n, n)) if M is None else M)
     return Chart(*map(jnp.asarray, parts))
+
+
+@eqx.filter_jit
+def _differentiated(problem: Any, x: Any, y: Any) -> Any:
+    F = problem.residual
+    hessian = jax.jacfwd(F)
+    step = lambda x, y: jnp.linalg.solve(hessian(x, y), F(x, y))  # noqa: E731
+    once = lambda y: x - step(x, y)  # noqa: E731
+    twice = lambda y: once(y) - step(once(y), y)  # noqa: E731
+    J = -jnp.linalg.solve(hessian(x, y), jax.jacfwd(F, 1)(x, y))
+
+    def polished(z: Array, held: bool) -> Array:
+        start = x + J @ (z - y)
+        H = hessian(start, z)
+        return problem.outer(start - jnp.linalg.solve(lax.stop_gradient(H) if held else H, F(start, z)), z)
+
+    rescaled = -jnp.linalg.solve(jax.jacfwd(step)(x, y), jax.jacfwd(step, 1)(x, y))
+    return (jax.jacfwd(once)(y), jax.jacfwd(twice)(y), rescaled, *(jax.grad(polished)(y, held) for held in (False, True)))
+
+
+class Differentiated(NamedTuple):
+    """What autodiff through Newton steps gives at one point.
+
+    Attributes:
+        once: Jacobian in y, at fixed x, of one step.
+        twice: that of two steps.
+        rescaled: Jacobian of the root of F_1^-1 F.
+        polished: derivative of G after a step on top of the implicit derivative of x.
+        held: the same with F_1 held constant.
+    """
+
+    once: np.ndarray
+    twice: np.ndarray
+    rescaled: np.ndarray
+    polished: np.ndarray
+    held: np.ndarray
+
+
+def differentiated(problem: Any, x: Any, y: Any) -> Differentiated:
+    """Autodiff through Newton steps at (x, y)."""
+    return Differentiated(*map(np.asarray, _differentiated(problem, jnp.asarray(x), jnp.asarray(y))))
 
 
 @eqx.filter_jit

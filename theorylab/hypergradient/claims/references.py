@@ -10,32 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from theorylab.hypergradient.bilevel import Bilevel
-from theorylab.hypergradient.claims._programs import DERIVED
-from theorylab.hypergradient.estimators import NewtonPoint, OnePoint, Plain, Preconditioned, compiled
+from theorylab.hypergradient.claims._programs import DERIVED, estimates
+from theorylab.hypergradient.claims.family import WAYS, Parts, values
+from theorylab.hypergradient.estimators import compiled
 from theorylab.hypergradient.inner import reference
-from theorylab.hypergradient.reparametrize import Reparametrized
 from theorylab.hypergradient.selection import LogisticSelection, RidgeSelection, SoftmaxSelection
 from theorylab.lab.claims import claim
 from theorylab.lab.evidence import Check
 
 Array = jax.Array
-WAYS = {"Plain": Plain(), "NewtonPoint": NewtonPoint(), "OnePoint": OnePoint(), "Precond": Preconditioned(), "PzPhi": Reparametrized("linear"),
-        "ExpPhi": Reparametrized("exponential"), "OptPhi": Reparametrized("hessian")}
-
-
-def _values(problem: Any, how: Any, x: Array, star: Array, y: Array) -> Any:
-    """Values of estimators at x, their x-Jacobians at the solution, and the second derivative of `second` along the first axis there."""
-    values, slopes = [], []
-    for one in how:
-        value = lambda x, one=one: one.estimate(problem, x, y).value  # noqa: E731
-        values.append(value(x))
-        slopes.append(jax.jacfwd(value)(star))
-    return values, slopes
-
-
-def _measured(problem: Any, names: tuple[str, ...], x: Any, star: Any, y: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    values, slopes = compiled(_values, problem, tuple(WAYS[name] for name in names), jnp.asarray(x), jnp.asarray(star), jnp.asarray(y))
-    return ({name: np.asarray(v) for name, v in zip(names, values, strict=True)}, {name: np.asarray(s) for name, s in zip(names, slopes, strict=True)})
+ROUND = 6e-13                           # half a unit of the last printed digit, and some
+STEP = 1e-5
 
 
 def _cosh(x, y):
@@ -46,36 +31,36 @@ def _first(x, y):
     return x
 
 
-ROUND = 6e-13
-
-
 @claim("hypergradient.worked-cases", source=DERIVED,
-       statement=r"Worked cases to 12 digits: $E = \cosh x - yx$, $G = x$ at $y = 1$; a ridge problem in the plane; logistic regression with one feature.",
+       statement=r"Worked cases to 12 digits: $E = \cosh x - yx$, $G = x$ at $y = 1$; a ridge problem in the plane; logistic regression with one "
+                 r"feature.",
        fast={"tol": ROUND})
 def _(check: Check, tol: float) -> None:
     problem, y = Bilevel(_cosh, _first, x=0.0, y=0.0), jnp.array([1.0])
     x = np.asarray(reference(problem, 1.0)).reshape(1)
     check.equal("cosh: solution", x, 0.881373587020, tol)
-    values, slopes = _measured(problem, ("Plain", "NewtonPoint", "OnePoint"), x + 0.1, x, y)
-    for name, value in (("Plain", 0.657264595340), ("NewtonPoint", 0.705304443578), ("OnePoint", 0.705014394652)):
-        check.equal(f"cosh: {name} at the solution + 0.1", values[name], value, tol)
-    check.equal("cosh: Omega_1 of Plain, NewtonPoint, OnePoint", np.array([slopes[n][0, 0] for n in slopes]), np.array([-0.5, 0.0, 0.0]), tol)
-    near = _measured(problem, ("Plain", "NewtonPoint", "OnePoint"), x + 1e-4, x, y)[0]
-    for name in ("NewtonPoint", "OnePoint"):
-        check.equal(f"cosh: (value - gradient) / t^2 of {name}, t = 0.0001", (near[name] - 0.5**0.5) / 1e-8, -0.176776695297, 2e-4)
+    names = ("Plain", "NewtonPoint", "OnePoint")
+    found = estimates({name: WAYS[name] for name in names}, problem, x + _around(1), y)
+    for name, value in zip(names, (0.657264595340, 0.705304443578, 0.705014394652), strict=True):
+        check.equal(f"cosh: {name} at the solution + 0.1", found[name].value[0], value, tol)
+    check.equal("cosh: Omega_1 by finite differences", _slopes(found["Plain"].value), -0.5, 1e-9)
+    for name in names[1:]:
+        check.equal(f"cosh: (value - gradient) / t^2 of {name}, t = 0.0001", (found[name].value[1] - 0.5**0.5) / 1e-8, -0.176776695297, 2e-4)
 
     train = (jnp.array([[1.0, 2.0], [0.0, 1.0], [1.0, -1.0]]), jnp.array([1.0, 0.0, 2.0]))
     plane, y = RidgeSelection(train, (jnp.eye(2), jnp.ones(2)), objective="quadratic"), jnp.array([0.0, np.log(2.0)])
     x, gradient = np.asarray(plane.exact(y)), np.array([-0.002854864504, -0.036082315260])
     check.equal("plane: solution", x, np.array([0.885245901639, -0.098360655738]), tol)
     check.equal("plane: outer value", float(plane.outer(jnp.asarray(x), y)), 0.609782316582, tol)
-    values, slopes = _measured(plane, tuple(WAYS), x + np.array([0.1, 0.05]), x, y)
+    found, jacobians = values(plane, x + _around(2), y), Parts(plane, x, y).jacobians()
     for name, value, constant in (
         ("Plain", (-0.044363867460, -0.017383712734), 0.424991959235), ("Precond", (0.002222513935, -0.040423200469), 0.113090415092),
         ("PzPhi", (-0.039217785378, -0.039350701894), 0.398033054292), ("ExpPhi", (0.155922189129, 0.057647799684), 0.628610736630),
-        ("OptPhi", (-0.039861045638, -0.035356703865), 0.394469130546), ("NewtonPoint", tuple(gradient), 0.0)):
-        check.equal(f"plane: {name} at the solution + (0.1, 0.05)", values[name], np.array(value), tol)
-        check.equal(f"plane: constant of {name}", np.linalg.norm(slopes[name], 2), constant, tol)
+        ("OptPhi", (-0.039861045638, -0.035356703865), 0.394469130546)):
+        check.equal(f"plane: {name} at the solution + (0.1, 0.05)", found[name].value[0], np.array(value), tol)
+        check.equal(f"plane: constant of {name} by its closed form", np.linalg.norm(jacobians[name], 2), constant, tol)
+        check.equal("plane: the same by finite differences", np.linalg.norm(_slopes(found[name].value), 2), constant, 1e-8)
+    check.equal("plane: NewtonPoint, exact", found["NewtonPoint"].value, np.tile(gradient, (len(_around(2)), 1)), tol)
     outer = jax.hessian(lambda y: plane.outer(plane.exact(y), y))(y)
     check.equal("plane: Hessian of L through the closed form", np.asarray(outer),
                 np.array([[0.155098704369, 0.021267180520], [0.021267180520, -0.009998525911]]), tol)
@@ -83,14 +68,31 @@ def _(check: Check, tol: float) -> None:
     one, y = LogisticSelection((jnp.array([[1.0], [-2.0], [0.5]]), jnp.array([1.0, 1.0, -1.0])), (jnp.ones((1, 1)), jnp.ones(1))), jnp.zeros(1)
     x = np.asarray(reference(one, y))
     check.equal("one feature: solution", x, -0.174344862163, tol)
-    names = ("Plain", "NewtonPoint", "OnePoint", "Precond", "PzPhi", "ExpPhi")
-    values, slopes = _measured(one, names, x + 0.1, x, y)
-    for name, value in zip(names, (-0.026856463117, -0.066295029178, -0.064273395493, -0.066295029178, -0.062885921985, 0.078629668066), strict=True):
-        check.equal(f"one feature: {name} at the solution + 0.1", values[name], value, tol)
-    check.equal("one feature: Omega_1", slopes["Plain"], 0.416745118368, tol)
-    near = _measured(one, names, x + 1e-4, x, y)[0]
+    found = values(one, x + _around(1), y)
+    for name, value in (("Plain", -0.026856463117), ("NewtonPoint", -0.066295029178), ("OnePoint", -0.064273395493), ("Precond", -0.066295029178),
+                        ("PzPhi", -0.062885921985), ("ExpPhi", 0.078629668066)):
+        check.equal(f"one feature: {name} at the solution + 0.1", found[name].value[0], value, tol)
+    check.equal("one feature: Omega_1 by its closed form", Parts(one, x, y).jacobians()["Plain"], 0.416745118368, tol)
+    check.equal("one feature: the same by finite differences", _slopes(found["Plain"].value), 0.416745118368, 1e-9)
     for name, constant in (("NewtonPoint", 0.017419035121), ("OnePoint", 0.239525197306)):
-        check.equal(f"one feature: (value - gradient) / t^2 of {name}, t = 0.0001", (near[name] + 0.066404275074) / 1e-8, constant, 2e-4)
+        check.equal(f"one feature: (value - gradient) / t^2 of {name}, t = 0.0001", (found[name].value[1] + 0.066404275074) / 1e-8, constant, 2e-4)
+
+
+def _around(n: int) -> np.ndarray:
+    """Displacements: that of the reference values, a short one, and pairs for finite differences."""
+    return np.vstack([0.1 / np.arange(1, n + 1), np.full(n, 1e-4), STEP * np.eye(n), -STEP * np.eye(n)])
+
+
+def _slopes(rows: np.ndarray) -> np.ndarray:
+    """The x-Jacobian by central differences, from values at such displacements."""
+    up, down = np.split(rows[2:], 2)
+    return ((up - down) / (2 * STEP)).T
+
+
+def _with_slopes(problem: Any, names: tuple[str, ...], x: Array, y: Array) -> Any:
+    """Value and x-Jacobian of each estimator."""
+    values = {name: lambda x, how=WAYS[name]: how.estimate(problem, x, y).value for name in names}
+    return {name: (value(x), jax.jacfwd(value)(x)) for name, value in values.items()}
 
 
 # (N, N_v, p, q), condition number, L, |x*|, |gradient|, C, constants of Precond, PzPhi and ExpPhi, |I - P^-1 F_1|, first and last component
@@ -133,9 +135,9 @@ def _standardized(train: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.
 
 
 @claim("hypergradient.reference-data", source=f"{DERIVED}; data shipped with scikit-learn",
-       statement=r"Selection of regularization on six data sets: condition number, L, $\lVert x^*\rVert$, $\nabla L$ and the constants of the plain formula, of "
-                 r"the diagonal preconditioner and of the linear and exponential maps.",
-       fast={"names": ("diabetes", "breast_cancer")}, full={"names": tuple(TABLE)})
+       statement=r"Selection of regularization on six data sets: condition number, L, $\lVert x^*\rVert$, $\nabla L$ and the constants of the plain "
+                 r"formula, of the diagonal preconditioner and of the linear and exponential maps.",
+       fast={"names": ("breast_cancer",)}, full={"names": tuple(TABLE)})
 def _(check: Check, names: tuple[str, ...]) -> None:
     for name in names:
         problem, y, row = shipped(name)
@@ -150,9 +152,10 @@ def _(check: Check, names: tuple[str, ...]) -> None:
         check.equal(f"{name}: L", float(problem.outer(jnp.asarray(x), y)), L, 1e-11, relative=True)
         check.equal(f"{name}: |x*|", np.linalg.norm(x), size, 1e-11, relative=True)
         ways = ("Plain", "Precond", "PzPhi") if np.isnan(exponential) else ("Plain", "Precond", "PzPhi", "ExpPhi")
-        values, slopes = _measured(problem, ways, x, x, y)
+        found = compiled(_with_slopes, problem, ways, jnp.asarray(x), y)
         for way in ways:
-            check.equal(f"{name}: |gradient| by {way}", np.linalg.norm(values[way]), length, 1e-9, relative=True)
-        check.equal(f"{name}: its first and last component", values["Plain"][[0, -1]], np.array(ends), 1e-9 * length + 1e-14)
-        constants = np.array([np.linalg.norm(slopes[way], 2) for way in ways])
-        check.equal(f"{name}: constants of {', '.join(ways)}", constants, np.array([C, precond, linear, exponential])[: len(ways)], 5e-6, relative=True)
+            check.equal(f"{name}: |gradient| by {way}", np.linalg.norm(found[way][0]), length, 1e-9, relative=True)
+        check.equal(f"{name}: its first and last component", np.asarray(found["Plain"][0])[[0, -1]], np.array(ends), 1e-9 * length + 1e-14)
+        constants = np.array([np.linalg.norm(found[way][1], 2) for way in ways])
+        known = np.array([C, precond, linear, exponential])[: len(ways)]
+        check.equal(f"{name}: constants of {', '.join(ways)}", constants, known, 5e-6, relative=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -22,10 +21,10 @@ NORMAL, CHI_SQUARE = 1.959963984540054, 22.362032494826934
 
 
 @cache
-def wald(n: int, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+def wald(n: int, sizes: tuple[int, ...], replicates: int, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Whether each 95 % interval covers, shape (replicates, 13), and the Wald statistics, of fits of S1 to n rows."""
-    table = fits(3, 2, information=True, **settings)
-    at = list(settings["sizes"]).index(n)
+    table = fits(3, 2, sizes, replicates, rows=rows, information=True)
+    at = sizes.index(n)
     truth = np.asarray(example("S1").pack())
     errors, information = table["point"][at] - truth, table["information"][at]
     sd = np.sqrt(np.diagonal(np.linalg.inv(information), axis1=1, axis2=2))
@@ -37,7 +36,7 @@ def wald(n: int, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
                  r"$\chi^2_{13}$.",
        fast=EXACT, full={"sizes": (1000,), "replicates": 300, "rows": 1000})
 def _(check: Check, sizes: tuple[int, ...], replicates: int, rows: int) -> None:
-    covers, statistic = wald(1000, sizes=sizes, replicates=replicates, rows=rows)
+    covers, statistic = wald(1000, sizes, replicates, rows)
     # The mean over 13 correlated intervals varies at most as that of one of them.
     error = np.sqrt(0.95 * 0.05 / replicates)
     check.equal("mean coverage of the 13 intervals", covers.mean(), 0.95, max(3 * error, 0.02))

@@ -1,0 +1,215 @@
+"""EM and its sums: golden steps, the golden maximum, derivatives, bounds, monotonicity, chunks; and the search for the routing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from theorylab.core.iterate import iterate
+from theorylab.core.keys import run_keys, stream
+from theorylab.core.stop import Below
+from theorylab.lab.claims import claim
+from theorylab.lab.evidence import Check
+from theorylab.moe.claims import _reference as reference
+from theorylab.moe.claims._programs import DERIVED, PAPER
+from theorylab.moe.claims.gate import normal, random_mixture
+from theorylab.moe.em import EM
+from theorylab.moe.model import Mixture, example, weyl_sample
+from theorylab.moe.moments import statistics
+from theorylab.moe.newton import LikelihoodNewton, information
+from theorylab.moe.problem import Likelihood
+from theorylab.moe.routing import Routing, RoutingSearch, best_run
+from theorylab.moe.selection import aic, bic
+
+ROWS = 400
+X = -1 + (2 * np.arange(10) + 1) / 10
+Y = np.array([-2.6, -2.9, 0.9, 1.9, 0.1, 0.4, 2.1, -0.3, 2.4, -0.9])
+RESPONSIBILITIES = {0: [0.999999949813, 5.01874897142e-8, 0], 3: [0.000377146362091, 0.999622853638, 0], 6: [0, 0.0136873681572, 0.986312631843]}
+EXPERTS = np.array([[0.0307638662063874, 3.38246853271432], [0.54927706133358, -1.61378523555127], [1.43642283752591, 1.46483808766743]])
+VARIANCE = np.array([0.252587263314923, 0.228849199252899, 0.12526228778233])
+COUNT = np.array([2.32951096853343, 5.55759254842267, 2.1128964830439])
+ARGMAX = np.array([[-3.64280616227763, -6.48062593697951], [0.0810212666390549, 0.465022562464294], [0.0, 0.0]])
+NEWTON = np.array([[-2.72070671631257, -4.56689404285395], [0.0235313970518889, 0.728499672415315], [0.0, 0.0]])
+MAXIMUM = np.array([0.40567742, -0.22899485, -3.90454756, -1.47312864, 1.97323873, -1.45524054, 1.01664706, -1.0192731, 0.52281925, 1.97170521,
+                    0.09919757, 0.19228501, 0.15713951])
+ERRORS = np.array([0.4684, 0.3125, 0.9615, 0.5822, 0.08564, 0.10387, 0.12174, 0.05168, 0.05097, 0.07490, 0.01090, 0.03134, 0.01925])
+
+
+def ten() -> tuple[Likelihood, Mixture]:
+    """Ten rows, padded to the shape of the other problems with rows of weight 0, and a start."""
+    pad = lambda a: np.append(a, np.zeros(ROWS - 10))  # noqa: E731
+    start = Mixture([0.0, 0.0, 0.0], [[-3.0], [-1.0], [0.0]], [[1.5], [-1.0], [0.5]], [-0.8, 0.4, 1.8], [0.5, 0.5, 0.5], 2)
+    return Likelihood(pad(X), pad(Y), 3, 2, weight=pad(np.ones(10))), start
+
+
+def s1(**options: object) -> Likelihood:
+    """The Weyl data of S1."""
+    return Likelihood(*weyl_sample(example("S1"), ROWS, -1.0, 1.0), 3, 2, **options)  # type: ignore[arg-type]
+
+
+def frozen_argmax(x: np.ndarray, r: np.ndarray, gate: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The maximizer of sum r log pi over gates with last row 0 and this routing, by Newton's method."""
+    z, k = reference.design(x), len(gate)
+    gate = gate - gate[-1]
+    for _ in range(60):
+        u = np.where(mask, z @ gate.T, -np.inf)
+        pi = np.exp(u - u.max(axis=1, keepdims=True))
+        pi /= pi.sum(axis=1, keepdims=True)
+        slope = ((r - pi).T @ z)[:-1].ravel()
+        blocks = np.einsum("nj,jl,na,nb->jalb", pi, np.eye(k), z, z) - np.einsum("nj,nl,na,nb->jalb", pi, pi, z, z)
+        size = (k - 1) * z.shape[1]
+        gate = gate + np.vstack([np.linalg.solve(blocks[:-1, :, :-1].reshape(size, size), slope).reshape(k - 1, -1), np.zeros(z.shape[1])])
+    return gate
+
+
+@claim("moe.golden-em-step", source=f"algorithm of {PAPER}; values in 40 digits from the {DERIVED}",
+       statement=r"One step of EM on ten rows: likelihood, responsibilities, experts and the Newton step of the gate; the maximizer of the gate "
+                 r"with frozen routing flips the routing.",
+       fast={"tol": 1e-12})
+def _(check: Check, tol: float) -> None:
+    likelihood, start = ten()
+    sums = statistics(likelihood, start)
+    check.equal("log-likelihood of the start", sums.log_likelihood, -15.8177998762369, 1e-12)
+    r = np.asarray(start.responsibilities(X, Y))
+    check.equal("responsibilities of rows 0, 3, 6", r[list(RESPONSIBILITIES)], np.array(list(RESPONSIBILITIES.values())), 1e-12)
+    check.equal("effective numbers of rows", sums.count, COUNT, tol)
+    # No ridge, as in the golden numbers; the whole Newton step is accepted.
+    after = iterate(likelihood, EM(ridge=0.0), start, steps=1)
+    check.equal("experts (b, a)", after.value.expert_matrix, EXPERTS, 5e-14 + tol)
+    check.equal("variances", after.value.variance, VARIANCE, tol)
+    check.equal("gate after a Newton step", after.value.canonical().gate_matrix, NEWTON, 10 * tol)
+    check.equal("its log-likelihood, routing computed anew", after.history["log_likelihood"][-1], -12.8002996331936, 10 * tol)
+    gate = frozen_argmax(X, r, np.asarray(start.gate_matrix), reference.routing(start, X))
+    check.equal("gate that maximizes Q with frozen routing", gate, ARGMAX, 1e-12)
+    flipped = Mixture.from_matrices(gate, EXPERTS, VARIANCE, 2)
+    check.equal("its log-likelihood, routing computed anew", likelihood.log_likelihood(flipped), -13.1008510905403, 1e-12)
+    check.equal("rows whose experts it changes", (reference.routing(flipped, X) != reference.routing(start, X)).any(axis=1).sum(), 5, 0)
+
+
+@claim("moe.golden-maximum", source=DERIVED,
+       statement=r"The maximum likelihood estimate on 400 rows of Weyl data of S1, its standard errors, BIC and AIC.",
+       fast={"steps": 60})
+def _(check: Check, steps: int) -> None:
+    likelihood, truth = s1(), example("S1")
+    check.equal("sum of y", likelihood.y.sum(), 39.3625674054004, 1e-10)
+    check.equal("log-likelihood of the truth", likelihood.log_likelihood(truth), -360.66473306765783, 1e-10)
+    run = iterate(likelihood, EM(), truth, steps=steps)
+    fit = iterate(likelihood, LikelihoodNewton(), run.value, steps=5)
+    check.below("score per row", fit.history["score_norm"][-1], 1e-12)
+    check.equal("log-likelihood", likelihood.log_likelihood(fit.value), -360.019850321, 1e-8)
+    check.equal("the same by NumPy", reference.log_likelihood(fit.value, np.asarray(likelihood.x), np.asarray(likelihood.y)), -360.019850321, 1e-8)
+    check.equal("parameters", fit.value.pack(), MAXIMUM, 1e-7)
+    errors = np.sqrt(np.diag(np.linalg.inv(information(likelihood, fit.value))))
+    check.equal("Wald standard errors", errors, ERRORS, 1e-4, relative=True, note="four digits are given")
+    check.equal("BIC", bic(likelihood, fit.value), 797.92874, 1e-5)
+    check.equal("AIC", aic(likelihood, fit.value), 746.03970, 1e-5)
+
+
+@claim("moe.derivatives", source=DERIVED,
+       statement=r"$\partial Q/\partial W_j = \sum_i (r_{ij} - w_i\pi_{ij}) z_i$ and the blocks $-\sum_i w_i\pi_{ij}(1_{jl} - \pi_{il}) z_i z_i^\top$, "
+                 r"against automatic differentiation of $Q$; and those of $L$.",
+       fast={"tol": 1e-12})
+def _(check: Check, tol: float) -> None:
+    truth = example("S1")
+    x, y = (np.asarray(a) for a in weyl_sample(truth, ROWS, -1.0, 1.0))
+    likelihood = s1()
+    # In standardized inputs, so that the sums can be compared entry by entry.
+    scaled = np.asarray((x - np.asarray(likelihood.center)) / np.asarray(likelihood.scale))
+    z, r, mask = jnp.asarray(reference.design(scaled)), truth.responsibilities(x, y), jnp.asarray(reference.routing(truth, x))
+    center, scale = float(likelihood.center[0]), float(likelihood.scale[0])
+    gate = np.column_stack([truth.gate_intercept + center * truth.gate_coef[:, 0], scale * truth.gate_coef[:, 0]])
+
+    def Q(W: jax.Array) -> jax.Array:
+        u = z @ W.T
+        norm = jax.nn.logsumexp(jnp.where(mask, u, -jnp.inf), axis=1, keepdims=True)
+        return jnp.sum(jnp.where(mask, r * (u - norm), 0))
+
+    sums = statistics(likelihood, truth)
+    slope, curved = jax.jit(jax.grad(Q))(gate), jax.jit(jax.hessian(Q))(gate)
+    check.below("gradient of Q, relative to its sum of sizes", np.abs(slope - sums.gate_gradient) / float(jnp.sum(jnp.abs(z))), tol)
+    check.below("Hessian of Q, relative", np.abs(jnp.swapaxes(curved, 1, 2) + sums.gate_curvature) / float(jnp.max(jnp.abs(curved))), tol)
+
+    def L(v: jax.Array) -> jax.Array:
+        beta0, beta1 = (jnp.append(a, 0.0) for a in (v[:2], v[2:4]))
+        u = beta0 + jnp.asarray(x) * beta1
+        e = y[:, None] - v[7:10] - jnp.asarray(x) * v[4:7]
+        joint = u - e * e / (2 * v[10:]) - jnp.log(2 * jnp.pi * v[10:]) / 2
+        of = lambda a: jax.nn.logsumexp(jnp.where(mask, a, -jnp.inf), axis=1)  # noqa: E731
+        return jnp.sum(of(joint) - of(u))
+
+    v = truth.pack()
+    second = -jax.jit(jax.hessian(L))(v)
+    check.below("information, relative", np.abs(information(likelihood, truth) - second) / float(jnp.max(jnp.abs(second))), tol)
+
+
+@claim("moe.bohning-bound", source=DERIVED,
+       statement=r"$B = \sum_i w_i \frac12(\mathrm{diag}(1_{S_i}) - 1_{S_i}1_{S_i}^\top/K) \otimes z_i z_i^\top$ bounds the curvature of the gate: "
+                 r"$B + \nabla^2 Q \succeq 0$.",
+       fast={"draws": 5}, full={"draws": 100})
+def _(check: Check, draws: int) -> None:
+    k, K, n = 5, 3, 60
+    x = normal("bohning x", n, 2)
+    z = reference.design((x - x.mean(axis=0)) / x.std(axis=0))
+    likelihood, least = Likelihood(x, normal("bohning y", n), k, K, "logit"), []
+    for i in range(draws):
+        m = random_mixture(f"bohning {i}", k, K, 2, "logit")
+        mask = reference.routing(m, x).astype(float)
+        bound = (np.einsum("nj,jl,na,nb->jalb", mask, np.eye(k), z, z) - np.einsum("nj,nl,na,nb->jalb", mask, mask, z, z) / K) / 2
+        gap = bound.reshape(3 * k, 3 * k) - np.swapaxes(statistics(likelihood, m).gate_curvature, 1, 2).reshape(3 * k, 3 * k)
+        least.append(np.linalg.eigvalsh(gap)[0] / np.linalg.norm(bound.reshape(3 * k, 3 * k), 2))
+    check.above("smallest eigenvalue, relative to the norm of B", least, -1e-10)
+
+
+@claim("moe.em-is-monotone", source=f"{DERIVED}; the algorithm of {PAPER} is the frozen one",
+       statement=r"With acceptance the observed log-likelihood never decreases, from any start; with frozen routing the likelihood of that routing "
+                 r"never decreases and no row changes its experts.",
+       fast={"steps": 60, "starts": 4}, full={"steps": 200, "starts": 50})
+def _(check: Check, steps: int, starts: int) -> None:
+    likelihood, truth = s1(), example("S1")
+    x = np.asarray(likelihood.x)
+    shaken = [truth.gate_matrix + normal(f"monotone {i}", 3, 2) for i in range(starts)]
+    begin = jax.tree.map(lambda *a: jnp.stack(a), *[Mixture.from_matrices(g, truth.expert_matrix + 0.3, 2 * truth.variance, 2) for g in shaken])
+    for routing in ("accept", "frozen"):
+        run = iterate(likelihood, EM(routing=routing), begin, steps=steps, runs=starts)
+        gains, values = np.asarray(run.history["gain"])[1:], np.asarray(run.history["log_likelihood"])
+        check.above(f"{routing}: smallest gain per row, over the size of L", gains / np.abs(values).max() * ROWS, -1e-9)
+        if routing == "frozen":
+            ends = [jax.tree.map(lambda a, i=i: a[i], run.value) for i in range(starts)]
+            reweighed = [reference.Atoms(np.asarray(g), np.asarray(end.expert_matrix), np.asarray(end.variance), 2, "slope")
+                         for g, end in zip(shaken, ends, strict=True)]
+            moved = [reference.routing(a, x) != reference.routing(b, x) for a, b in zip(reweighed, ends, strict=True)]
+            check.true("frozen: the mask of the start is the one that is used", np.asarray(run.history["gain"])[-1] >= -1e-12,
+                       note=f"{int(np.any(moved, axis=(1, 2)).sum())} of {starts} final gates would route some rows otherwise")
+
+
+@claim("moe.sums-do-not-depend-on-chunks", source=DERIVED,
+       statement=r"Statistics over chunks of any length, and over rows padded with weight 0, equal those of one pass.",
+       fast={"chunks": (64, 150)})
+def _(check: Check, chunks: tuple[int, ...]) -> None:
+    truth, whole = example("S1"), s1()
+    x, y = np.asarray(whole.x), np.asarray(whole.y)
+    padded = Likelihood(np.vstack([x, np.zeros((112, 1))]), np.append(y, np.ones(112)), 3, 2, weight=np.append(np.ones(ROWS), np.zeros(112)))
+    plain = jax.tree.leaves(statistics(whole, truth))
+    for name, other in ({f"chunks of {c}": s1(chunk=c) for c in chunks} | {"112 rows of weight 0": padded}).items():
+        found = jax.tree.leaves(statistics(other, truth))
+        check.below(name, [float(jnp.max(jnp.abs(a - b)) / (1 + jnp.max(jnp.abs(a)))) for a, b in zip(plain, found, strict=True)], 1e-12)
+
+
+@claim("moe.routing-search-repairs-the-gate", source=DERIVED,
+       statement=r"From gates with noise EM alone stays far below the maximum; annealing and pattern search from four starts reach that of EM from "
+                 r"the truth on at least nine of ten samples.",
+       fast=None, full={"samples": 10, "starts": 4})
+def _(check: Check, samples: int, starts: int) -> None:
+    for name, selection, n, low, noise in (("S0", "logit", 1000, 0.0, 1.5), ("S3", "slope", 1500, -1.0, 0.5), ("S3", "logit", 1500, -1.0, 0.5)):
+        truth, frozen, found = example(name, selection=selection), [], []
+        for key in run_keys(0, samples):
+            likelihood = Likelihood(*truth.sample(n, key=key, low=low), truth.experts, truth.active, selection)
+            best = iterate(likelihood, EM(), truth, steps=300, stop=Below("gain", 1e-9)).history["log_likelihood"][-1]
+            shaken = truth.gate_matrix + noise * jax.random.normal(stream(key, "noise"), truth.gate_matrix.shape)
+            begin = Mixture.from_matrices(shaken, truth.expert_matrix, truth.variance, truth.active, selection)
+            frozen.append((iterate(likelihood, EM(), begin, steps=200).history["log_likelihood"][-1] - best) / n)
+            search = iterate(Routing(likelihood), RoutingSearch(starts), begin, steps=25, stop=Below("gain", 1e-4 / n), key=key)
+            found.append((float(likelihood.log_likelihood(best_run(search))) - best) / n)
+        check.above(f"{name}, {selection}: samples with deficit above -2e-3", (np.asarray(found) > -2e-3).sum(), 0.9 * samples)
+        check.below(f"{name}, {selection}: mean deficit of EM alone", np.mean(frozen), -0.1, note=f"of the search {np.mean(found):.4f}")
