@@ -178,7 +178,8 @@ class CanonicalCorrelations:
             label = "$" + name.split(", ", maxsplit=1)[0] + r"$, $\eta = $" + name.split(", ", maxsplit=1)[1] if digits else name
             for ax, column in zip(axes, ("gap", "d"), strict=True):
                 values = np.where(data[f"{name}/{column}"] < 1e3, data[f"{name}/{column}"], np.nan)
-                steps, live = np.arange(values.shape[1]), np.isfinite(values).all(0) & (np.arange(values.shape[1]) >= (column == "d"))
+                values = values[:, 1:] if column == "d" else values                          # the start is feasible to round-off
+                steps, live = np.arange(values.shape[1]) + (column == "d"), np.isfinite(values).all(0)
                 middle = np.median(values[:, live], 0)
                 ax.semilogy(steps[live], middle, label=label, color=COLORS[shade], linestyle=style)
                 ax.fill_between(steps[live], values[:, live].min(0), values[:, live].max(0), color=COLORS[shade], alpha=0.15, linewidth=0)

@@ -105,6 +105,7 @@ def test_running_means_make_plam_exact_after_the_first_pass():
     assert all(np.abs(a - b).max() < 1e-13 for a, b in zip(after, exact, strict=True))
 
 
+@pytest.mark.slow
 def test_two_time_scales_find_one_eigenvector_from_samples():
     rng = np.random.default_rng(3)
     q = np.linalg.qr(rng.normal(size=(N, N)))[0]
@@ -116,6 +117,7 @@ def test_two_time_scales_find_one_eigenvector_from_samples():
     assert sine[1] < 0.1 < sine[0]
 
 
+@pytest.mark.slow
 def test_oja_on_samples_comes_near_the_leading_space():
     problem = stiefel.GEVP(stiefel.Population(A), stiefel.Population(B), p=P)
     method = stiefel.GeneralizedHebbian(tl.Inverse(0.05, 200.0), batch_size=20, order="independent")
@@ -125,6 +127,7 @@ def test_oja_on_samples_comes_near_the_leading_space():
     assert row["infeasibility"] < 0.2
 
 
+@pytest.mark.slow
 def test_float32_stays_and_one_or_all_columns_work():
     for p in (1, N):
         problem = stiefel.GEVP(jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32), p=p, reference="none")

@@ -73,16 +73,6 @@ def test_whole_numbers_are_promoted_without_a_warning_and_a_low_rank_is_told():
         stiefel.GEVP(np.zeros((N, N)), np.diag([1.0, 1, 1, 1, 0, 0]), p=2)
 
 
-@pytest.mark.parametrize("p", [1, N])
-def test_one_and_all_columns_the_identity_and_no_gradient_work(p):
-    problem = stiefel.StiefelProblem(nothing, None, p=p, n=N)
-    x = problem.start(jax.random.key(0))
-    state = walk(stiefel.Landing(0.7, safe=0.5), problem, x, 1)
-    assert np.abs(problem.unpack(state.point.x) - x).max() < 1e-14
-    assert abs(float(state.step_size) - 0.7) < 1e-15                                     # nothing moves: no 0 / 0, the whole step is safe
-    assert float(stiefel.safe_step_size(x, 0 * x, radius=0.5, largest=3.0)) == 3.0
-
-
 def test_a_pass_of_one_batch_is_the_whole_data():
     problem = stiefel.ICA(DATA, p=2, sign=1)
     whole = problem.exact().operators[0].matrix()

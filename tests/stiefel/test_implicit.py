@@ -56,7 +56,6 @@ def test_derivatives_are_those_of_finite_differences_also_where_eigenvalues_coin
 
 
 def test_derivatives_are_those_of_perturbation_theory():
-    """First-order perturbation of simple eigenvalues and of a subspace in closed form, and the second derivative of an eigenvalue."""
     a, values = pencil("simple"), np.array(SPECTRA["simple"])
     _, change = jax.jvp(lambda t: solved(t, a), (0.0,), (1.0,))
     push = V.T @ DA @ V - (V.T @ DB @ V) * values
@@ -65,7 +64,11 @@ def test_derivatives_are_those_of_perturbation_theory():
     x, y = V[:, :P], V[:, P:]
     expected = y @ turn @ x.T + x @ turn.T @ y.T - x @ (x.T @ DB @ x) @ x.T
     assert np.abs(change.outer - expected).max() < 1e-12
-    identity = np.eye(N)
+
+
+@pytest.mark.slow
+def test_second_derivatives_of_simple_eigenvalues_are_those_of_perturbation_theory():
+    values, identity = np.array(SPECTRA["simple"]), np.eye(N)
     second = jax.hessian(lambda t: stiefel.solution_map(stiefel.GEVP(np.diag(values) + t * DA, identity, p=P, reference="none")).values[0])(0.0)
     assert abs(second - 2 * sum(DA[0, k] ** 2 / (values[0] - values[k]) for k in range(1, N))) < 1e-10
 

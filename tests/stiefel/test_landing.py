@@ -82,15 +82,21 @@ def test_landing_finds_the_eigenvectors_and_never_leaves_the_safe_region():
     assert scipy.linalg.subspace_angles(root @ np.asarray(sol.value), root @ vectors).max() < 1e-4
     assert sol.history["step_size"][0] == 0
     assert set(sol.history.columns) >= {"objective", "gap", "infeasibility", "residual", "error", "step_size", "field_norm"}
-    again = tl.iterate(problem, stiefel.Landing(step_size=50.0, safe=0.4), steps=300)     # such steps are cut
+
+
+@pytest.mark.slow
+def test_steps_that_are_too_long_are_cut():
+    again = tl.iterate(gevp(), stiefel.Landing(step_size=50.0, safe=0.4), steps=300)
     assert again.history["infeasibility"].max() <= 0.4
     assert again.history["step_size"].max() < 50.0
 
 
-@pytest.mark.parametrize("options", [{"tangent": "relative_solved"}, {"tangent": "riemannian", "step_size": 0.05, "attraction": 8.0},
-                                     {"tangent": "plam", "safe": 0.3}, {"normal": "gradient", "safe": 0.3, "rule": "rigorous"},
-                                     {"tangent": "relative_solved", "normal": "correction"}],
-                         ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("options", [
+    {"tangent": "plam", "safe": 0.3}, {"tangent": "relative_solved", "normal": "correction"},
+    pytest.param({"tangent": "relative_solved"}, marks=pytest.mark.slow),
+    pytest.param({"tangent": "riemannian", "step_size": 0.05, "attraction": 8.0}, marks=pytest.mark.slow),
+    pytest.param({"normal": "gradient", "safe": 0.3, "rule": "rigorous"}, marks=pytest.mark.slow),
+], ids=lambda options: "-".join(map(str, options.values())))
 def test_every_field_lands_on_the_same_solution(options):
     problem = gevp()
     state = walk(stiefel.Landing(**({"step_size": 0.3} | options)), problem, problem.start(jax.random.key(1)), 1500)
@@ -174,9 +180,9 @@ def test_new_numbers_do_not_retrace():
         traces.append(1)
         return method.step(problem, state, key=None)
 
-    state = walk(stiefel.Landing(0.1, safe=0.5), problem, problem.start(jax.random.key(0)), 0)
+    state = jax.eval_shape(lambda x: stiefel.Landing(0.1).init(problem, x, key=jax.random.key(0)), jnp.ones((N, P)))
     for eta, omega, safe, margin in ((0.1, 1.0, 0.5, 0.9), (0.2, 0.5, 0.4, 0.8)):
-        step(stiefel.Landing(eta, omega, safe=safe, margin=margin), state)
+        jax.eval_shape(step, stiefel.Landing(eta, omega, safe=safe, margin=margin), state)
     assert len(traces) == 1
 
 
@@ -192,6 +198,7 @@ def test_problems_are_solved_side_by_side_under_vmap():
     assert jax.vmap(solve)(stack).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_float32_stays_and_a_refreshed_product_does_not_drift():
     problem = stiefel.GEVP(jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32), p=P)
     state = walk(stiefel.Landing(0.3, safe=0.5), problem, problem.start(jax.random.key(0)), 5000)
@@ -217,6 +224,7 @@ def test_stochastic_correlations_run_side_by_side_and_resume(tmp_path):
     assert whole.history["samples"][-1] == 600 * 20
 
 
+@pytest.mark.slow
 def test_streamed_correlations_reach_what_those_in_memory_do():
     rows = tl.Rows((DATA, OTHER), 20)
     cov = tl.fold(stiefel.add_moments, rows, stiefel.moments(N, 4))
@@ -249,6 +257,7 @@ def test_the_mean_step_over_all_batches_of_a_population_follows_the_exact_field(
     assert np.abs(moved(batches).mean(0) - exact).max() < 1e-13 * np.abs(moved(batches)).max() + 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_after_the_first_pass_the_averages_are_the_full_covariances(order):
     problem = stiefel.CCA(DATA, OTHER, p=2, ridge=0.1)

@@ -111,6 +111,7 @@ def test_the_residual_vanishes_at_every_critical_point_and_only_there():
     assert row["residual"] > 0.1
 
 
+@pytest.mark.slow
 def test_iris_discriminants_and_digits_correlations_have_their_known_values():
     from sklearn.datasets import load_digits, load_iris
 

@@ -110,9 +110,9 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
     r"""Choose how to correct the inner point before the implicit formula, given how many products with $F_1$ one correction may cost.
 
     The estimator $\Omega(x - P^{-1} F)$ has the error $\Omega_1 (I - P^{-1} F_1)\delta$ to first order (paper). This is evaluated on the Newton step
-    and on random probes, for each P that the budget allows, without forming $\Omega_1$; the smallest is chosen (the cheaper of two alike), and whatever is not better
-    than no correction is refused: the diagonal of $F_1$ can be worse than nothing. Planning costs one factorization (or some CG runs) and is meant to be done
-    once, for many hypergradients near here (companion derivation).
+    and on random probes, for each P that the budget allows, without forming $\Omega_1$. The smallest is chosen, the cheaper of two alike, and
+    whatever is not better than no correction is refused: the diagonal of $F_1$ can be worse than nothing. Planning costs one factorization (or some
+    CG runs) and is meant to be done once, for many hypergradients near here (companion derivation).
 
     | candidate | $P^{-1} F$ | products |
     |---|---|---|

@@ -10,6 +10,7 @@ from theorylab.stiefel.baselines import (
 from theorylab.stiefel.cca import CCA as CCA, MultiviewCCA as MultiviewCCA
 from theorylab.stiefel.certificate import Certificate as Certificate, certificate as certificate
 from theorylab.stiefel.closed_forms import Exact as Exact, closed_form as closed_form
+from theorylab.stiefel.descent import RiemannianDescent as RiemannianDescent, RollingRiemannian as RollingRiemannian
 from theorylab.stiefel.eigen import GEVP as GEVP, LDA as LDA
 from theorylab.stiefel.fields import (
     landing_field as landing_field,
@@ -31,6 +32,5 @@ from theorylab.stiefel.polish import polish as polish
 from theorylab.stiefel.problem import Procrustes as Procrustes, StiefelProblem as StiefelProblem
 from theorylab.stiefel.quantities import amari_distance as amari_distance, infeasibility as infeasibility, merit as merit, multiplier as multiplier
 from theorylab.stiefel.retractions import retract as retract
-from theorylab.stiefel.riemannian import RiemannianDescent as RiemannianDescent, RollingRiemannian as RollingRiemannian
 from theorylab.stiefel.safe_step import safe_step_size as safe_step_size
 from theorylab.stiefel.stochastic import StochasticLanding as StochasticLanding

@@ -82,10 +82,10 @@ def ridge(objective: str = "quadratic") -> RidgeSelection:
     return RidgeSelection((jnp.asarray(A), jnp.asarray(b)), (jnp.asarray(Q), jnp.asarray(c)), objective)
 
 
-def logistic(objective: str = "quadratic") -> LogisticSelection:
+def logistic() -> LogisticSelection:
     """A logistic problem of the family (n = m = 4) from the same arrays."""
     A, b, _, Q, c, *_ = draw().args
-    return LogisticSelection((jnp.asarray(A), jnp.asarray(np.sign(b))), (jnp.asarray(Q), jnp.asarray(c)), objective)
+    return LogisticSelection((jnp.asarray(A), jnp.asarray(np.sign(b))), (jnp.asarray(Q), jnp.asarray(np.sign(c))))
 
 
 def penalties() -> np.ndarray:
@@ -215,7 +215,7 @@ def measure(one: Case, xs: Any) -> dict[str, Hypergradient]:
     """The results of all estimators on the generic problem at four points."""
     P = jnp.diagonal(jnp.asarray(one.at.F1))
     ways = {"Plain": Plain(), "NewtonPoint": NewtonPoint(), "OnePoint": OnePoint(), "Polish": Polish(), "OneStep": OneStep(),
-            "Precond": Preconditioned(P, steps=3), "linear": Reparametrized("linear"), "agnostic": Reparametrized("outer_agnostic")}
+            "Precond": Preconditioned(P, steps=3), "agnostic": Reparametrized("outer_agnostic")}
     return estimates(ways, one.problem, xs, one.y)
 
 

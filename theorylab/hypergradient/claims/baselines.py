@@ -87,7 +87,7 @@ def _(check: Check, steps: int) -> None:
 @claim("hypergradient.stochastic-hessian", source=DERIVED,
        statement=r"With a minibatch of size B for the Hessian of the adjoint system, and all else exact, the bias falls as 1/B and the standard "
                  r"deviation as $B^{-1/2}$: averaging independent minibatch hypergradients never removes the bias.",
-       fast={"sizes": (25, 50, 100, 200, 400), "draws": 2000}, full={"sizes": (25, 50, 100, 200, 400), "draws": 40_000})
+       fast={"sizes": (25, 50, 100, 200, 400), "draws": 1000}, full={"sizes": (25, 50, 100, 200, 400), "draws": 40_000})
 def _(check: Check, sizes: tuple[int, ...], draws: int) -> None:
     from theorylab.hypergradient.claims.references import shipped
     from theorylab.hypergradient.inner import reference
@@ -102,7 +102,8 @@ def _(check: Check, sizes: tuple[int, ...], draws: int) -> None:
     bias, std = [], []
     for B in sizes:
         rows = np.asarray(jax.random.randint(jax.random.fold_in(stream(0, "rows"), B), (draws, B), 0, N))
-        counts = np.apply_along_axis(np.bincount, 1, rows, minlength=N).astype(float)
+        counts = np.zeros((draws, N))
+        np.add.at(counts, (np.arange(draws)[:, None], rows), 1.0)
         total, square, linear = np.zeros(p), np.zeros(p), np.zeros(p)
         for part in np.array_split(counts, max(1, draws // 500)):
             sampled = (part @ squares / B).reshape(-1, p, p) + np.diag(D)

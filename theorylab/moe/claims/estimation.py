@@ -34,6 +34,7 @@ NEWTON = np.array([[-2.72070671631257, -4.56689404285395], [0.0235313970518889, 
 MAXIMUM = np.array([0.40567742, -0.22899485, -3.90454756, -1.47312864, 1.97323873, -1.45524054, 1.01664706, -1.0192731, 0.52281925, 1.97170521,
                     0.09919757, 0.19228501, 0.15713951])
 ERRORS = np.array([0.4684, 0.3125, 0.9615, 0.5822, 0.08564, 0.10387, 0.12174, 0.05168, 0.05097, 0.07490, 0.01090, 0.03134, 0.01925])
+UNITS = np.repeat([1e-4, 1e-5], [4, 9])
 
 
 def ten() -> tuple[Likelihood, Mixture]:
@@ -101,7 +102,7 @@ def _(check: Check, steps: int) -> None:
     check.equal("the same by NumPy", reference.log_likelihood(fit.value, np.asarray(likelihood.x), np.asarray(likelihood.y)), -360.019850321, 1e-8)
     check.equal("parameters", fit.value.pack(), MAXIMUM, 1e-7)
     errors = np.sqrt(np.diag(np.linalg.inv(information(likelihood, fit.value))))
-    check.equal("Wald standard errors", errors, ERRORS, 1e-4, relative=True, note="four digits are given")
+    check.below("Wald standard errors against the printed ones, in units of their last digit", np.abs(errors - ERRORS) / UNITS, 0.51)
     check.equal("BIC", bic(likelihood, fit.value), 797.92874, 1e-5)
     check.equal("AIC", aic(likelihood, fit.value), 746.03970, 1e-5)
 
@@ -164,28 +165,37 @@ def _(check: Check, draws: int) -> None:
 @claim("moe.em-is-monotone", source=f"{DERIVED}; the algorithm of {PAPER} is the frozen one",
        statement=r"With acceptance the observed log-likelihood never decreases, from any start; with frozen routing the likelihood of that routing "
                  r"never decreases and no row changes its experts.",
-       fast={"steps": 60, "starts": 4}, full={"steps": 200, "starts": 50})
+       fast={"steps": 60, "starts": 4}, full={"steps": 60, "starts": 50})
 def _(check: Check, steps: int, starts: int) -> None:
     likelihood, truth = s1(), example("S1")
-    x = np.asarray(likelihood.x)
-    shaken = [truth.gate_matrix + normal(f"monotone {i}", 3, 2) for i in range(starts)]
-    begin = jax.tree.map(lambda *a: jnp.stack(a), *[Mixture.from_matrices(g, truth.expert_matrix + 0.3, 2 * truth.variance, 2) for g in shaken])
+    x, y = np.asarray(likelihood.x), np.asarray(likelihood.y)
     for routing in ("accept", "frozen"):
-        run = iterate(likelihood, EM(routing=routing), begin, steps=steps, runs=starts)
-        gains, values = np.asarray(run.history["gain"])[1:], np.asarray(run.history["log_likelihood"])
-        check.above(f"{routing}: smallest gain per row, over the size of L", gains / np.abs(values).max() * ROWS, -1e-9)
-        if routing == "frozen":
-            ends = [jax.tree.map(lambda a, i=i: a[i], run.value) for i in range(starts)]
-            reweighed = [reference.Atoms(np.asarray(g), np.asarray(end.expert_matrix), np.asarray(end.variance), 2, "slope")
-                         for g, end in zip(shaken, ends, strict=True)]
-            moved = [reference.routing(a, x) != reference.routing(b, x) for a, b in zip(reweighed, ends, strict=True)]
-            check.true("frozen: the mask of the start is the one that is used", np.asarray(run.history["gain"])[-1] >= -1e-12,
-                       note=f"{int(np.any(moved, axis=(1, 2)).sum())} of {starts} final gates would route some rows otherwise")
+        least, misses = np.inf, []
+        for i in range(starts if routing == "accept" else max(1, starts // 2)):
+            gate = truth.gate_matrix + normal(f"monotone {i}", 3, 2)
+            begin = Mixture.from_matrices(gate, truth.expert_matrix + 0.3, 2 * truth.variance, 2)
+            run = iterate(likelihood, EM(routing=routing), begin, steps=steps)
+            gains, values = np.asarray(run.history["gain"])[1:], np.asarray(run.history["log_likelihood"])
+            least = min(least, float(gains.min() * ROWS / np.abs(values).max()))
+            if routing == "frozen":
+                mask = reference.routing(begin, x)
+                misses.append(masked_likelihood(run.value, x, y, mask) - masked_likelihood(begin, x, y, mask) - ROWS * gains.sum())
+        check.above(f"{routing}: smallest gain over the size of L", least, -1e-9)
+    check.below("frozen: its gains add up to that of the likelihood with the routing of the start", np.abs(misses), 1e-8)
+
+
+def masked_likelihood(m: Mixture, x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> float:
+    """The log-likelihood with a given routing."""
+    u = np.where(mask, reference.logits(m, x), -np.inf)
+    e = y[:, None] - reference.design(x) @ np.asarray(m.expert_matrix).T
+    variance = np.asarray(m.variance)
+    joint = u - e * e / (2 * variance) - np.log(2 * np.pi * variance) / 2
+    return float(np.sum(np.logaddexp.reduce(joint, axis=1) - np.logaddexp.reduce(u, axis=1)))
 
 
 @claim("moe.sums-do-not-depend-on-chunks", source=DERIVED,
        statement=r"Statistics over chunks of any length, and over rows padded with weight 0, equal those of one pass.",
-       fast={"chunks": (64, 150)})
+       fast={"chunks": (150,)}, full={"chunks": (7, 64, 150)})
 def _(check: Check, chunks: tuple[int, ...]) -> None:
     truth, whole = example("S1"), s1()
     x, y = np.asarray(whole.x), np.asarray(whole.y)
