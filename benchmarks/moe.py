@@ -1,10 +1,10 @@
 """Fits of top-K mixtures: many small ones, one dense one, a wide one, and how often the routing search succeeds.
 
-Many: 200 replicates of the three-expert example (n = 1000, K = 2), 50 EM iterations each, in one batch; nanoseconds per sample and iteration. Beside it
-a plain NumPy EM of the dense model (no routing, no acceptance test), and scikit-learn's GaussianMixture, another model, for scale. Dense: the two-line
-example with both experts active, from a start that knows nothing, to the maximum; beside R's flexmix and mixtools where R is installed. Wide: one EM
-iteration with n = 50,000, 16 experts of which 4 are active, 32 inputs. Search: share of fresh data sets on which the best of four uninformed starts
-reaches the likelihood of EM from the truth (within 2e-3 nats per row).
+Many: 200 replicates of the three-expert example (n = 1000, K = 2), 50 EM iterations each, in one batch; nanoseconds per sample and iteration.
+Beside it a plain NumPy EM of the dense model (no routing, no acceptance test), and scikit-learn's GaussianMixture, another model, for scale. Dense:
+the two-line example with both experts active, from a start that knows nothing, to the maximum; beside R's flexmix and mixtools where R is
+installed. Wide: one EM iteration with n = 50,000, 16 experts of which 4 are active, 32 inputs. Search: share of fresh data sets on which the best
+of four uninformed starts reaches the likelihood of EM from the truth (within 2e-3 nats per row).
 
     python benchmarks/moe.py [--quick] [--only many dense wide search] [--json | --markdown]
 """
@@ -89,7 +89,7 @@ def many(rounds: int, replicates: int, n: int, steps: int) -> Rows:
     together = jax.jit(jax.vmap(fit))
     work, few = replicates * n * steps, min(10, replicates)
     seconds = {"one batch, K = 2, with the acceptance test": cpu(lambda: together(x, y), rounds) / work,
-               "one fit after another, compiled": cpu(lambda: [fit(*pair) for pair in zip(x[:few], y[:few], strict=True)], rounds) / (few * n * steps)}
+               "one fit after another, compiled": cpu(lambda: [fit(*pair) for pair in zip(x[:few], y[:few], strict=True)], rounds) / few / n / steps}
     plain = np.asarray(draws[0].x)[:, 0], np.asarray(draws[0].y)
     seconds["NumPy EM, K = 3 (dense)"] = cpu(lambda: numpy_em(*plain, truth, steps), rounds) / (n * steps)
     with warnings.catch_warnings():

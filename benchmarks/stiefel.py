@@ -1,9 +1,9 @@
 """Landing steps against the matrix products that they cannot avoid, and whole solutions beside LAPACK, LOBPCG, pymanopt and scikit-learn.
 
-Step: one step of `Landing` on a dense eigenvalue problem (n = 1000, p = 500, float64), beside the bare products with A and B and a Riemannian step with
-a factored B. Stream: one step of `StochasticLanding` for CCA (2048 columns in each view, p = 16, 512 rows, float32), and how it grows with n. Batch:
-many small problems in one call. Whole: time to a relative gap of 1e-8. Digits: canonical correlations of the halves of the digits, batches and
-seconds to a gap of one per cent.
+Step: one step of `Landing` on a dense eigenvalue problem (n = 1000, p = 500, float64), beside the bare products with A and B and a Riemannian step
+with a factored B. Stream: one step of `StochasticLanding` for CCA (2048 columns in each view, p = 16, 512 rows, float32), and how it grows with n.
+Batch: many small problems in one call. Whole: time to a relative gap of 1e-8. Digits: canonical correlations of the halves of the digits, batches
+and seconds to a gap of one per cent.
 
     python benchmarks/stiefel.py [--quick] [--only step stream batch whole digits] [--json | --markdown]
 """
