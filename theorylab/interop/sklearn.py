@@ -17,6 +17,7 @@ from theorylab.core.iterate import iterate
 from theorylab.core.keys import as_key, stream
 from theorylab.core.schedule import Cosine, Inverse
 from theorylab.core.stop import Below
+from theorylab.interop.sklearn_moe import TopKMoERegressor as TopKMoERegressor
 from theorylab.stiefel.cca import CCA
 from theorylab.stiefel.eigen import GEVP
 from theorylab.stiefel.ica import ICA

@@ -16,6 +16,7 @@ from theorylab.moe.exponent import (
     exponent_certificate as exponent_certificate,
     nontrivial_solution as nontrivial_solution,
     rates as rates,
+    series_residuals as series_residuals,
 )
 from theorylab.moe.identifiability import (
     CoactivationGraph as CoactivationGraph,
@@ -25,7 +26,7 @@ from theorylab.moe.identifiability import (
     identifiability as identifiability,
     null_directions as null_directions,
 )
-from theorylab.moe.intervals import Intervals as Intervals, confidence_intervals as confidence_intervals
+from theorylab.moe.intervals import Delta as Delta, Intervals as Intervals, Parameters as Parameters, confidence_intervals as confidence_intervals
 from theorylab.moe.losses import align as align, voronoi_cells as voronoi_cells, voronoi_loss as voronoi_loss
 from theorylab.moe.model import Draw as Draw, Mixture as Mixture, example as example, weyl_sample as weyl_sample
 from theorylab.moe.moments import Statistics as Statistics, statistics as statistics

@@ -200,11 +200,14 @@ class Likelihood(Problem):
         return {"log_likelihood": self.log_likelihood(x)}
 
     def default_method(self) -> Any:
-        """EM with the Newton gate step, or its streamed form."""
+        """`RoutingSearch` with eight starts where the gate leaves experts out; EM where it keeps all; the streamed EM for a stream."""
         from theorylab.moe.em import EM
+        from theorylab.moe.routing import RoutingSearch
         from theorylab.moe.streamed import StreamedEM
 
-        return EM() if self.per_pass is None else StreamedEM(self.per_pass)
+        if self.per_pass is not None:
+            return StreamedEM(self.per_pass)
+        return RoutingSearch(starts=8) if self.active < self.experts and self.axis is None else EM()
 
     def goal(self, tolerance: float) -> Any:
         """Stop when the score, per row, is below `tolerance`, and the last gain in log-likelihood, per row, below its thousandth part."""

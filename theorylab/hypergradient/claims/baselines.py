@@ -94,9 +94,8 @@ def _(check: Check, sizes: tuple[int, ...], draws: int) -> None:
 
     problem, y, _ = shipped("breast_cancer")
     x, A = np.asarray(reference(problem, y)), np.asarray(problem.A)
-    at = problem.at(jnp.asarray(x), y)
-    H, D, weight, G1 = np.asarray(at.matrix()), np.asarray(at.penalties), np.asarray(at.weights[0]), np.asarray(at.outer_x)
-    N, p = A.shape
+    at = Parts(problem, x, y)
+    H, D, weight, G1, (N, p) = at.H, at.D, at.weight, at.G1, A.shape
     squares = (weight[:, None, None] * A[:, :, None] * A[:, None, :]).reshape(N, -1)
     v, F2 = np.linalg.solve(H, G1), D * x
     bias, std = [], []

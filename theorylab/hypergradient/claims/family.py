@@ -39,7 +39,7 @@ class Parts:
         curved = type(problem).__name__ == "LogisticSelection"
         self.x, self.D = x, np.exp(y) / p
         slope, weight = _slope_and_weight(curved, A @ x, b)
-        bend = -weight * np.tanh(A @ x / 2) if curved else np.zeros(N)
+        bend, self.weight = -weight * np.tanh(A @ x / 2) if curved else np.zeros(N), weight
         self.F = A.T @ slope / N + self.D * x
         self.H = (A.T * weight) @ A / N + np.diag(self.D)
         self.G2, self.G11 = np.zeros(p), np.zeros((p, p))
@@ -117,7 +117,8 @@ def _(check: Check, step: float) -> None:
                         np.linalg.norm(found - formula[name]) / np.linalg.norm(formula[name]), 6e-6)
         top = np.linalg.norm(formula["Plain"], 2)
         if type(problem) is RidgeSelection:
-            check.equal("RidgeSelection: efficiency_constant against the formula", float(efficiency_constant(problem, x, y).value), top, 1e-12, relative=True)
+            found = float(efficiency_constant(problem, x, y).value)
+            check.equal("RidgeSelection: efficiency_constant against the formula", found, top, 1e-12, relative=True)
         check.below(f"{type(problem).__name__}: constant of Precond over C |M|",
                     np.linalg.norm(formula["Precond"], 2) / (top * np.linalg.norm(parts.M, 2)), 1 + 1e-14)
 

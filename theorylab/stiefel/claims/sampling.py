@@ -95,7 +95,7 @@ def _diagonals(key: Any, step_size: Any, p: Any, rows: int, steps: int, estimato
 @claim("stiefel.one-batch-bias", source=DERIVED,
        statement=r"On white independent sources of kurtosis k the normal term $BXh$ of one batch vanishes at $X^\top BX = I/(1 + c/r)$, $c = p + k "
                  r"- 2$, not on the manifold, whatever the step size. The U-statistic and the term $Xh$ have no such floor.",
-       fast={"rows": (100,), "steps": 2500}, full={"rows": (100, 1000), "steps": 8000})
+       fast={"rows": (100,), "steps": 2000}, full={"rows": (100, 1000), "steps": 8000})
 def _(check: Check, rows: tuple[int, ...], steps: int) -> None:
     p, kurtosis, burn = 10, 6.0, 500
     for r in rows:
@@ -131,7 +131,7 @@ def _averages(keys: Any, a: Any, b: Any, roots: Any, x: Any, step_size: Any, ste
 @claim("stiefel.stochastic-rate", source=BOTH,
        statement=r"With three independent samples in each step and $\eta = \eta_0/\sqrt K$ the mean of $\lVert\Lambda(X_k)\rVert^2$ over K steps is "
                  r"$O(1/\sqrt K)$. With the same batch in both factors B it flattens, and the distance to the manifold stays.",
-       fast={"counts": (256, 1024, 4096), "runs": 4, "factor": 1.5}, full={"counts": (256, 1024, 4096, 16384), "runs": 32, "factor": 3.0})
+       fast={"counts": (256, 1024), "runs": 8, "factor": 1.5}, full={"counts": (256, 1024, 4096, 16384), "runs": 32, "factor": 3.0})
 def _(check: Check, counts: tuple[int, ...], runs: int, factor: float) -> None:
     n, p = 10, 3
     vectors = basis(22, "eigenvectors", 2, n)
