@@ -18,9 +18,6 @@ LOOKS: dict[str, dict[str, Any]] = {
     "PLAM": {"color": COLORS["orange"], "linestyle": "-."},
     "landing R": {"color": COLORS["green"], "linestyle": "--"},
     "landing B": {"color": COLORS["blue"], "linestyle": "-"},
-    "online": {"color": COLORS["vermilion"], "linestyle": "--"},
-    "online NS": {"color": COLORS["purple"], "linestyle": "-"},
-    "U-statistic": {"color": COLORS["green"], "linestyle": "-."},
 }
 
 

@@ -62,7 +62,7 @@ def _seconds(problem: Any, method: tl.Method, x0: Any, steps: int) -> float:
 
 
 @figure("stiefel/eigenvalues", source=f"{pictures.PAPER}, deterministic generalized eigenvalues",
-        quick={"n": 100, "steps": 1000, "methods": ("landing B", "Riem. GD"), "timed": 0},
+        quick={"n": 100, "steps": 1000, "methods": ("landing B",), "timed": 0},
         paper={"n": 1000, "steps": 201, "methods": tuple(NAMES), "timed": 10}, full={"n": 1000, "steps": 6500, "methods": tuple(NAMES), "timed": 10},
         caption=r"The leading half of a generalized spectrum. Top: $|f - f^*|/|f^*|$ (dashed thin lines, where they differ: the same after an exact "
                 r"retraction, which is the honest measure off the manifold). Bottom: $N = \frac14\|X^\top BX - I\|^2$; Riemannian descent stays "
@@ -132,7 +132,8 @@ class Eigenvalues:
                         found = data[f"{name}/{column}"][step]
                         loose = max(tolerance, 5e-2) if name == "landing R" and column == "N" and step > 101 else tolerance   # far off the manifold
                         check.equal(f"{name}, step {step}: {column}", found if n == 100 else abs(found), value, loose, relative=True)
-        check.below("Riem. GD: largest N", data["Riem. GD/N"], 2.7e-25)
+        if "Riem. GD" in methods:
+            check.below("Riem. GD: largest N", data["Riem. GD/N"], 2.7e-25)
         if n == 1000:
             check.equal("landing B: first step, cut by the official rule", data["landing B/step"][1], 166.536776, 1e-8, relative=True)
             check.equal("landing B: step 11, cut likewise", data["landing B/step"][11], 88.002521, 1e-7, relative=True)
@@ -343,7 +344,8 @@ class Cost:
             pictures.ticks(ax, data["sizes"])
         axes[0].set_ylabel("CPU-seconds")
         top = float(data["sizes"][-1])
-        slope_triangle(axes[0], 3.0, (top / 4, float(data["square/factored B"].max()) / 400), width=3.0, label="3")
+        if len(data["sizes"]) > 1:
+            slope_triangle(axes[0], 3.0, (top / 4, float(data["square/factored B"].max()) / 400), width=3.0, label="3")
         pictures.letters(axes, ["p = n", "p = n / 8"])
         pictures.legend(picture, axes, ncols=4)
         return picture

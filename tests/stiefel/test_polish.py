@@ -75,6 +75,7 @@ def test_the_gap_bound_holds_and_is_sharp_near_the_solution(scale):
         assert found.residual < 1e-14 and found.gap_bound < 1e-14
 
 
+@pytest.mark.slow
 def test_the_bounds_hold_for_correlations_and_singular_matrices():
     problem = stiefel.CCA(DATA, OTHER, p=2)
     for scale in (0.0, 0.02, 0.5):

@@ -283,6 +283,7 @@ def test_wide_views_are_never_squared():
     assert "gap" not in problem.metrics(problem.start(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_problems_in_float32_measure_in_float32():
     low, problem = stiefel.CCA(DATA.astype(np.float32), OTHER.astype(np.float32), p=P, ridge=0.1), PROBLEMS["cca"]()
     x = low.start(jax.random.key(0))

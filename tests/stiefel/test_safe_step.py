@@ -116,6 +116,7 @@ def test_three_positive_roots_occur_and_the_first_is_taken():
     assert abs(EXACT(h, w, z, radius, np.inf) - t[crossings[0]]) < 1e-6
 
 
+@pytest.mark.slow
 def test_float32_and_batches_of_steps():
     b, x, g, attraction, radius = instance(2)
     field = np.asarray(stiefel.landing_field(g, x, b @ x, attraction))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,20 +39,36 @@ def _(check: Check, terms: tuple[int, ...]) -> None:
         check.above(f"K = {K}: size of that error", np.linalg.norm(predicted), 1e-3 if K < 10 else 0)
 
 
-def unrolled_errors(problem: Any, x: Any, y: Any, eta: Any, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Values of unrolled descent (by the forward recursion) and of the implicit formula after each number of steps from x, and the iterates.
+class Unrolling(NamedTuple):
+    """Unrolled descent and the implicit formula after each number of steps, the first axis.
 
-    Pure; an independent form of `Unrolled`, which differentiates backwards for one number of steps.
+    Attributes:
+        x: iterates.
+        unrolled, implicit: values.
+        unrolled_jacobian, implicit_jacobian: of the iterate in y.
     """
+
+    x: Any
+    unrolled: Any
+    implicit: Any
+    unrolled_jacobian: Any
+    implicit_jacobian: Any
+
+
+def unrolling(problem: Any, x: Any, y: Any, eta: Any, steps: int) -> Unrolling:
+    """Unrolled descent from x by the forward recursion: `Unrolled` of the library goes backwards, for one number of steps. Pure."""
+
+    def crossed(at):
+        return jax.vmap(at.cross_product, out_axes=1)(jnp.eye(y.shape[0], dtype=y.dtype))
 
     def step(carry, _):
         x, J = carry
         at = problem.at(x, y)
-        H, F2 = at.matrix(), jax.vmap(at.cross_product, out_axes=1)(jnp.eye(len(y), dtype=y.dtype))
+        H, F2 = at.matrix(), crossed(at)
         x, J = x - eta * at.residual, J - eta * (H @ J + F2)
         after = problem.at(x, y)
-        implicit = after.outer_y - after.cross_pullback(jnp.linalg.solve(after.matrix(), after.outer_x))
-        return (x, J), (after.outer_y + J.T @ after.outer_x, implicit, x)
+        exact = -jnp.linalg.solve(after.matrix(), crossed(after))
+        return (x, J), Unrolling(x, *(after.outer_y + j.T @ after.outer_x for j in (J, exact)), J, exact)
 
     return lax.scan(step, (x, jnp.zeros((x.shape[0], y.shape[0]), x.dtype)), None, length=steps)[1]
 
@@ -69,9 +85,9 @@ def _(check: Check, steps: int) -> None:
     eta = 1.0 / lambdas[-1]
     rate = 1 - eta * lambdas[0]
     start = jnp.asarray(x + 2 * draw().d)
-    itd, aid, _ = map(np.asarray, compiled(unrolled_errors, problem, start, jnp.asarray(y), jnp.asarray(eta), steps))
+    found = compiled(unrolling, problem, start, jnp.asarray(y), jnp.asarray(eta), steps)
     gradient = at.G2 + at.J.T @ at.G1
-    ratio = norms(itd - gradient) / norms(aid - gradient)
+    ratio = norms(found.unrolled - gradient) / norms(found.implicit - gradient)
     last = int(min(steps, np.log(1e-9) / np.log(rate)))                                     # before rounding
     K = np.arange(1, steps + 1)
     check.above("steps before rounding", last, 40, note=f"contraction {rate:.3f}")
@@ -81,7 +97,7 @@ def _(check: Check, steps: int) -> None:
     check.below("its distance to a line over the last two thirds, relative", np.abs(np.polyval(line, third) / ratio[last // 3 : last] - 1), 0.1)
     check.above("ratio at the end over that at a third", ratio[last - 1] / ratio[last // 3], 2)
     library = np.asarray(compiled(_pair, problem, (Unrolled(40, eta),), start, jnp.asarray(y))[0])
-    check.below("Unrolled(40) less the forward recursion", np.abs(library - itd[39]), 1e-12)
+    check.below("Unrolled(40) less the forward recursion", np.abs(library - found.unrolled[39]), 1e-12)
 
 
 @claim("hypergradient.stochastic-hessian", source=DERIVED,

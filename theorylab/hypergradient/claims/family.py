@@ -11,7 +11,7 @@ import numpy as np
 from theorylab.core.module import Module
 from theorylab.hypergradient.analysis import efficiency_constant
 from theorylab.hypergradient.bilevel import Bilevel
-from theorylab.hypergradient.claims._programs import BOTH, DERIVED, PAPER, T, draw, estimates, logistic, norms, penalties, ridge
+from theorylab.hypergradient.claims._programs import BOTH, DERIVED, T, draw, estimates, logistic, norms, penalties, ridge
 from theorylab.hypergradient.estimators import Hypergradient, NewtonPoint, OnePoint, Plain, Preconditioned, compiled
 from theorylab.hypergradient.inner import reference
 from theorylab.hypergradient.reparametrize import Reparametrized
@@ -26,8 +26,10 @@ WAYS = {"Plain": Plain(), "NewtonPoint": NewtonPoint(), "OnePoint": OnePoint(), 
 
 def _slope_and_weight(curved: bool, t: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First and second derivative of the losses at the margins t."""
-    up = 1 / (1 + np.exp(-t))
-    return (-b / (1 + np.exp(b * t)), up * (1 - up)) if curved else (t - b, np.ones(len(b)))
+    if not curved:
+        return t - b, np.ones(len(b))
+    up = (1 + np.tanh(t / 2)) / 2
+    return -b * (1 - np.tanh(b * t / 2)) / 2, up * (1 - up)
 
 
 class Parts:
@@ -111,7 +113,7 @@ def _(check: Check, step: float) -> None:
         parts = Parts(problem, x, y)
         formula = parts.jacobians()
         up, down = (values(problem, x + s * step * np.eye(4), y) for s in (1, -1))
-        for name in up.keys() & formula.keys():
+        for name in filter(up.__contains__, formula):
             found = ((up[name].value - down[name].value) / (2 * step)).T
             check.below(f"{type(problem).__name__}, {name}: formula less finite differences, relative",
                         np.linalg.norm(found - formula[name]) / np.linalg.norm(formula[name]), 6e-6)
@@ -321,5 +323,4 @@ def _(check: Check, scale: float) -> None:
     parts = Parts(general, x, y)
     off = max(np.linalg.norm(S - S.T) for S in (np.diag(h / x) @ parts.H for h in np.eye(4)))
     check.above("another Hessian: asymmetry of diag(h / x*) F_1", off, 0.1)
-    check.above("another Hessian: constant of the exponential map", np.linalg.norm(parts.jacobians()["ExpPhi"], 2), 1e-2,
-                note=f"of the paper ({PAPER}): separable maps")
+    check.above("another Hessian: constant of the exponential map", np.linalg.norm(parts.jacobians()["ExpPhi"], 2), 1e-2)

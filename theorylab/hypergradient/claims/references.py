@@ -111,7 +111,8 @@ def _summary(problem: Any, x: Array, y: Array) -> tuple[Array, Array, Array]:
 def _with_slopes(problem: Any, names: tuple[str, ...], x: Array, y: Array) -> Any:
     """Value and x-Jacobian of each estimator."""
     values = {name: lambda x, how=WAYS[name]: how.estimate(problem, x, y).value for name in names}
-    return {name: (value(x), jax.jacfwd(value)(x)) for name, value in values.items()}
+    jacobian = jax.jacrev if y.shape[0] < x.shape[0] else jax.jacfwd
+    return {name: (value(x), jacobian(value)(x)) for name, value in values.items()}
 
 
 # (N, N_v, p, q), condition number, L, |x*|, |gradient|, C, constants of Precond, PzPhi and ExpPhi, |I - P^-1 F_1|, first and last component

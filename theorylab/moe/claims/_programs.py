@@ -65,10 +65,8 @@ def fits(experts: int, active: int, sizes: tuple[int, ...], replicates: int, *, 
     truth = example("S1")
     params = {"truth": truth, "start": start_of(truth, experts, active), "steps": steps, "finish": finish, "noise": float(noise),
               "tolerance": float(tolerance), "information": information}
-    tables = []
-    for group in ([sizes] if rows else [(n,) for n in sizes]):
-        tables.append(sweep_grid(_fit, {"n": list(group)}, replicates, key=seed, params=params | {"rows": rows or group[0]}, chunk=CHUNK,
-                                 shapes=("rows", "steps", "finish")))
+    tables = [sweep_grid(_fit, {"n": list(group)}, replicates, key=seed, params=params | {"rows": rows or group[0]}, chunk=CHUNK,
+                         shapes=("rows", "steps", "finish")) for group in ([sizes] if rows else [(n,) for n in sizes])]
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0].columns}
 
 

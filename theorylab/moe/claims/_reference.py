@@ -42,7 +42,7 @@ def logits(m: Any, x: np.ndarray) -> np.ndarray:
 def kept(m: Any, x: np.ndarray) -> np.ndarray:
     """Indices of the kept experts, best first, shape (n, K): a stable sort of the scores."""
     m = read(m)
-    scores = logits(m, x) - (m.gate[:, 0] if m.selection == "slope" else 0)
+    scores = design(x)[:, 1:] @ m.gate[:, 1:].T if m.selection == "slope" else logits(m, x)
     return np.argsort(-scores, axis=1, kind="stable")[:, : m.active]
 
 

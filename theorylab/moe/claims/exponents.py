@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from math import factorial
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from theorylab.lab.claims import claim
 from theorylab.lab.evidence import Check
 from theorylab.moe.claims import _reference as reference
 from theorylab.moe.claims._programs import DERIVED, PAPER
-from theorylab.moe.exponent import exponent, exponent_certificate, nontrivial_solution, rates, series_residuals
+from theorylab.moe.exponent import exponent, exponent_certificate, nontrivial_solution, rates
 from theorylab.moe.model import Mixture, example
 from theorylab.moe.selection import merge, split
 
@@ -21,12 +23,11 @@ GAPS = (0.4, 0.3, 0.2, 0.14, 0.1)
 @claim("moe.exponent-is-2m", source=f"exponents 4 and 6 of {PAPER} and its companion paper; the others from the {DERIVED}",
        statement=r"The polynomial system of m atoms is solvable at order 2m - 1 (Gauss-Hermite nodes; first residual $-m!/(2m)!$) and not at 2m: "
                  r"$\bar r(m) = 2m$, so b converges at $n^{-1/(4m)}$.",
-       fast={"numbers": (2,), "starts": 16}, full={"numbers": (2, 3, 4, 5), "starts": 40})
+       fast={"numbers": (), "starts": 16}, full={"numbers": (2, 3, 4, 5), "starts": 40})
 def _(check: Check, numbers: tuple[int, ...], starts: int) -> None:
     for m in (2, 3, 4, 5, 6):
         found = nontrivial_solution(m)
-        moments = np.asarray(series_residuals(found.weight, found.shift, found.scale, 2 * m)) if m == 2 or len(numbers) > 1 else \
-            plain_series(found.weight, found.shift, found.scale, 2 * m)
+        moments = plain_series(found.weight, found.shift, found.scale, 2 * m)
         check.below(f"m = {m}: residuals below order 2m", np.abs(moments[:-1]), 1e-12)
         check.equal(f"m = {m}: residual at 2m", moments[-1], found.residual, 1e-12)
         check.equal(f"m = {m}: exponent", exponent(m).value, 2 * m, 0)
@@ -36,13 +37,15 @@ def _(check: Check, numbers: tuple[int, ...], starts: int) -> None:
         check.below(f"m = {m}, order {2 * m - 1}: cost of a solution", below.cost, 1e-24)
         check.equal(f"m = {m}, order {2 * m}: least cost, positive", at.cost, COSTS[m], 6e-4, relative=True)
         check.above(f"m = {m}, order {2 * m}: share of starts that end there", at.agreeing / starts, 0.5)
-    check.equal("m = 2: roots W > 0 of the polynomial left by elimination", (np.roots([1, 2, 2, 1]).real > 0).sum(), 0, 0)
+    W = np.geomspace(0.01, 100, 41)
+    every = np.array([plain_series(np.array([1, w]), np.array([1, -1 / w]), np.array([-(w + 2) / (6 * w), -(2 * w + 1) / (6 * w * w)]), 4)
+                      for w in W])
+    check.below("m = 2: the solutions at order 3, by the ratio W of weights: residuals", np.abs(every[:, :3]) / (1 + W + W**-3)[:, None], 1e-14)
+    check.equal("m = 2: their coefficient at order 4", every[:, 3], -(W + 1) * (W * W + W + 1) / (36 * W**3), 1e-12, relative=True)
 
 
 def plain_series(weight: np.ndarray, shift: np.ndarray, scale: np.ndarray, order: int) -> np.ndarray:
     """Coefficients of sum w exp(b t + s t^2), as double sums."""
-    from math import factorial
-
     return np.array([sum(float(weight @ (shift ** (r - 2 * i) * scale**i)) / factorial(r - 2 * i) / factorial(i) for i in range(r // 2 + 1))
                      for r in range(1, order + 1)])
 
@@ -64,9 +67,9 @@ def _(check: Check, gaps: tuple[float, ...]) -> None:
         check.equal(f"m = {m}: last slope of H", slope, 2 * m, 0.05)
         check.equal(f"m = {m}: the same, as reported", slope, last, 1e-3)
         check.equal(f"m = {m}: total variation at t = 0.1", found[-1].variation, variation, 0.005, relative=True)
-    for name in ("gate_coef", "expert_coef", "variance"):
-        h = [reference.distances(pulled(name, t), example("S2"), 0.0, 1.0, panels=4).hellinger for t in gaps[-2:]]
-        check.equal(f"{name} alone: last slope of H", np.diff(np.log(h))[0] / np.diff(np.log(gaps[-2:]))[0], 2, 0.06)
+    for name, slope in (("gate_coef", 2.00), ("expert_coef", 1.99), ("variance", 2.04)):
+        found = [reference.distances(pulled(name, t), example("S2"), 0.0, 1.0, panels=4).variation for t in gaps[-2:]]
+        check.equal(f"{name} alone: last slope of the total variation", np.diff(np.log(found))[0] / np.diff(np.log(gaps[-2:]))[0], slope, 0.006)
 
 
 def pulled(name: str, t: float) -> Mixture:
@@ -94,8 +97,8 @@ EXPECTED = {"gate_coef": 1.99, "expert_coef": 2.00, "expert_intercept": 3.98, "l
 
 
 @claim("moe.sharper-exponents", source=f"{DERIVED}; {PAPER} has exponents 4 and 2 for the slopes of gate and experts",
-       statement=r"In a cell of two atoms of equal weight the least H at half-gap $\tau$ is of order $\tau^2$ in $\beta_1$ and in a, $\tau^4$ in b and "
-                 r"$\tau^2$ in $\log\sigma$.",
+       statement=r"In a cell of two atoms of equal weight the least H at half-gap $\tau$ is of order $\tau^2$ in $\beta_1$ and in a, $\tau^4$ in b "
+                 r"and $\tau^2$ in $\log\sigma$.",
        fast={"gaps": (0.14, 0.1), "fields": ("gate_coef", "expert_intercept")}, full={"gaps": (0.4, 0.28, 0.2, 0.14, 0.1), "fields": FIELDS})
 def _(check: Check, gaps: tuple[float, ...], fields: tuple[str, ...]) -> None:
     for name in fields:
@@ -139,8 +142,9 @@ def profile(name: str, gaps: tuple[float, ...]) -> list[float]:
     best = None
     for tau in gaps:
         starts = [begin] if best is None else [begin, best]
-        runs = [least_squares(lambda f, t=tau: residual(f, t)[0], s, jac=lambda f, t=tau: residual(f, t)[1], method="lm", xtol=1e-14, ftol=1e-14,
-                              gtol=1e-14, max_nfev=400) for s in starts]
+        slopes: Any = lambda f, t=tau: residual(f, t)[1]  # noqa: E731
+        runs = [least_squares(lambda f, t=tau: residual(f, t)[0], s, jac=slopes, method="lm", xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=400)
+                for s in starts]
         best = min(runs, key=lambda r: r.cost).x
         found.append(float(np.sqrt(2 * min(r.cost for r in runs))))
     return found

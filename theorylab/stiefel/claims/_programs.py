@@ -28,14 +28,19 @@ MANY: tuple[Shape, ...] = ((3, 1), (3, 3), (4, 2), (6, 1), (6, 3), (7, 5), (9, 9
 
 
 def normal(seed: int, name: str, *shape: int) -> np.ndarray:
-    """Standard normal numbers; drawn in a few lengths only, since each length is a program."""
+    """Standard normal numbers."""
     size = int(np.prod(shape))
-    return np.asarray(jax.random.normal(stream(seed, name), (max(4096, 1 << (size - 1).bit_length()),)))[:size].reshape(shape)
+    return np.asarray(jax.random.normal(stream(seed, name), (_length(size),)))[:size].reshape(shape)
 
 
 def uniform(seed: int, name: str, count: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     """Numbers between `low` and `high`."""
-    return low + (high - low) * np.asarray(jax.random.uniform(stream(seed, name), (4096,)))[:count]
+    return low + (high - low) * np.asarray(jax.random.uniform(stream(seed, name), (_length(count),)))[:count]
+
+
+def _length(count: int) -> int:
+    """A power of two: few lengths are few programs."""
+    return max(4096, 1 << (count - 1).bit_length())
 
 
 def t(a: np.ndarray) -> np.ndarray:

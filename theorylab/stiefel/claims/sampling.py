@@ -38,6 +38,7 @@ def _two_samples(g: Any, x: Any, b1: Any, b2: Any, normal: str) -> Array:
        fast={"populations": 2}, full={"populations": 10})
 def _(check: Check, populations: int) -> None:
     n, p, omega = 4, 2, 0.7
+    off: dict[str, list[Any]] = {}
     batches = np.array(list(product(range(POINTS), repeat=ROWS)))                        # all ordered batches, drawn with replacement
     for i in range(populations):
         points, x = normal(i, "population", POINTS, n), 0.6 * normal(i, "x", n, p)
@@ -49,14 +50,14 @@ def _(check: Check, populations: int) -> None:
             for kind in fields.NORMALS:
                 exact = np.asarray(field_at(np.zeros((n, n)), whole, x, omega, "relative", kind)) + _tangent(g, x, whole)
                 found = _u_statistics(points[batches], coefficients[batches], x, ridge, kind)
-                check.below(f"U-statistic, {kind}, {'no ridge' if ridge is None else 'matrix ridge'}: mean against the field, relative",
-                            norm(np.asarray(found) - exact) / norm(exact), 2e-14)
+                label = f"U-statistic, {kind}, {'no ridge' if ridge is None else 'matrix ridge'}: mean against the field, relative"
+                off.setdefault(label, []).append(norm(np.asarray(found) - exact) / norm(exact))
         first, second, third = (points[batches[:, j]] for j in range(3))
         products = [rows[:, :, None] * (rows @ x)[:, None, :] for rows in (second, third)]
         for kind in fields.NORMALS:
             exact = np.asarray(field_at(np.zeros((n, n)), b, x, omega, "relative", kind)) + _tangent(g, x, b)
             found = _two_samples(first[:, :, None] * np.tanh(first @ x)[:, None, :], x, *products, kind)
-            check.below(f"two samples, {kind}: mean against the field, relative", norm(np.asarray(found) - exact) / norm(exact), 2e-14)
+            off.setdefault(f"two samples, {kind}: mean against the field, relative", []).append(norm(np.asarray(found) - exact) / norm(exact))
         rows = points[batches]
         bx = np.swapaxes(rows, 1, 2) @ (rows @ x) / ROWS
         h = x.T @ b @ x - np.eye(p)
@@ -64,9 +65,11 @@ def _(check: Check, populations: int) -> None:
         fourth = np.mean(points[:, :, None] * (np.sum((points @ x) ** 2, 1)[:, None] * points)[:, None, :], axis=0)
         bias = (fourth - b @ x @ x.T @ b) @ x / ROWS
         mean = np.mean(np.asarray(fields.normal_gradient(xs, bx)), axis=0)
-        check.below("one batch, B X h: bias against its formula, relative", norm(mean - b @ x @ h - bias) / norm(bias), 1e-13)
+        off.setdefault("one batch, B X h: bias against its formula, relative", []).append(norm(mean - b @ x @ h - bias) / norm(bias))
         mean = np.mean(np.asarray(fields.normal_newton_schulz(xs, bx)), axis=0)
-        check.below("one batch, X h: bias over the bias of B X h", norm(mean - x @ h) / norm(bias), 1e-14)
+        off.setdefault("one batch, X h: bias over that of B X h", []).append(norm(mean - x @ h) / norm(bias))
+    for label, values in off.items():
+        check.below(label, np.array(values), 2e-14)
 
 
 def _tangent(g: np.ndarray, x: np.ndarray, b: np.ndarray) -> np.ndarray:
