@@ -195,7 +195,8 @@ class CompanionDense:
             if len(data["n"]):
                 mean = data[f"2/{name}"].mean(axis=1)
                 slope, intercept = line(data["n"], mean)
-                axes[0].loglog(data["n"], mean, mark, color=COLORS[shade], markersize=4, linestyle="none", fillstyle="none" if name == "raw" else "full")
+                fill = "none" if name == "raw" else "full"
+                axes[0].loglog(data["n"], mean, mark, color=COLORS[shade], markersize=4, linestyle="none", fillstyle=fill)
                 axes[0].loglog(data["n"], np.exp(intercept) * data["n"] ** slope, color=COLORS[shade], linestyle=dash,
                                label=f"{name}: slope {slope:.2f}")
             n = np.broadcast_to(data["over n"][:, None], data[f"3/{name}"].shape) * (1.0 if name == "raw" else 1.25)
@@ -331,5 +332,6 @@ class OverSpecified:
         check.equal("published model: H at slopes 25 to 800", data["steep"], np.array(PUBLISHED), 6e-5)
         check.equal("times the root of the slope, in the end", data["steep"][-1] * np.sqrt(800), 0.61356, 1e-3)
         check.slope("S1: slope of the mean of H", sizes, data["H"], expected=-0.505, tol=0.15 if rows else 0.1)
-        ratio = np.median(data["exact"], 1) / np.median(data["over_specified"], 1)
-        check.above("S1: D1 over D2, which forgives slow parameters (medians)", ratio, 1)
+        if max(sizes) >= 8000:  # where deviations are below 1, so that powers make them smaller
+            check.above("S1: D1 over D2 at the largest n (medians)", np.median(data["exact"][-1]) / np.median(data["over_specified"][-1]), 1)
+            check.slope("S1: slope of the median of D2", sizes, data["over_specified"], expected=-0.55, tol=0.3, center="median")

@@ -23,7 +23,8 @@ X, Y = (np.asarray(part) for part in moe.example("S2").sample(200, key=0))
 
 
 @pytest.mark.slow
-@parametrize_with_checks([TopKMoERegressor(1, n_init=1, max_iter=5)])
+@parametrize_with_checks([TopKMoERegressor(1, n_init=1, max_iter=5)], expected_failed_checks=lambda _: {
+    "check_sample_weight_equivalence_on_dense_data": "an expert of d inputs needs d + 2 rows of positive weight; the check leaves fewer"})
 def test_the_checks_of_scikit_learn_pass(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -23,6 +23,7 @@ from theorylab.moe.selection import aic, bic
 
 FLOATS: Any = (np.float64, np.float32)
 SEARCH_ROUNDS = 25
+ROUND_OFF = 1e4                         # units of round-off below which no score norm and no gain can be tested
 
 
 class Predictive:
@@ -110,7 +111,8 @@ class TopKMoERegressor(RegressorMixin, BaseEstimator):
             warnings.simplefilter("ignore", RunWarning)                                  # of single starts; the best one is judged below
             start = self._searched(problem, seed) if active < self.n_experts else None
             runs = None if start is not None or self.n_init == 1 else self.n_init
-            sol = iterate(problem, EM(), start, steps=self.max_iter, stop=problem.goal(self.tol), runs=runs, key=seed, throw=False)
+            rule = problem.goal(max(self.tol, ROUND_OFF * float(np.finfo(X.dtype).eps)))
+            sol = iterate(problem, EM(), start, steps=self.max_iter, stop=rule, runs=runs, key=seed, throw=False)
         values = np.atleast_1d(sol.history.last("log_likelihood"))
         best = int(np.nanargmax(values))
         self.mixture_ = best_run(sol).canonical()
@@ -157,9 +159,10 @@ class TopKMoERegressor(RegressorMixin, BaseEstimator):
         X = self._inputs(X)
         return np.asarray(self.mixture_.gate(X))
 
-    def score_samples(self, X: Any, y: Any) -> np.ndarray:
-        """Log-density of each pair, shape `(rows,)`."""
-        return self.predict_dist(X).log_prob(y)
+    def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
+        """Log-density of y given X, shape `(rows,)`; without y, at the predicted mean."""
+        dist = self.predict_dist(X)
+        return dist.log_prob(dist.mean if y is None else y)
 
     def sample(self, X: Any, random_state: Any = None) -> np.ndarray:
         """One draw of y for each row, shape `(rows,)`."""

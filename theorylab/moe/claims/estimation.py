@@ -19,7 +19,7 @@ from theorylab.moe.claims.gate import normal, random_mixture
 from theorylab.moe.em import EM, score
 from theorylab.moe.model import Mixture, example, weyl_sample
 from theorylab.moe.moments import statistics
-from theorylab.moe.newton import LikelihoodNewton, information
+from theorylab.moe.newton import information
 from theorylab.moe.problem import Likelihood
 from theorylab.moe.routing import Routing, RoutingSearch, best_run
 from theorylab.moe.selection import aic, bic
@@ -97,9 +97,8 @@ def _(check: Check, steps: int) -> None:
     likelihood, truth = s1(), example("S1")
     check.equal("sum of y", likelihood.y.sum(), 39.3625674054004, 1e-10)
     check.equal("log-likelihood of the truth", likelihood.log_likelihood(truth), -360.66473306765783, 1e-10)
-    run = iterate(likelihood, EM(), truth, steps=steps)
-    fit = iterate(likelihood, LikelihoodNewton(), run.value, steps=5)
-    check.below("score per row", fit.history["score_norm"][-1], 1e-12)
+    fit = iterate(likelihood, EM(), truth, steps=steps)
+    check.below("score per row", fit.history["score_norm"][-1], 1e-11)
     check.equal("log-likelihood", likelihood.log_likelihood(fit.value), -360.019850321, 1e-8)
     check.equal("the same by NumPy", reference.log_likelihood(fit.value, np.asarray(likelihood.x), np.asarray(likelihood.y)), -360.019850321, 1e-8)
     check.equal("parameters", fit.value.pack(), MAXIMUM, 1e-7)
