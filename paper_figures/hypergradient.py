@@ -59,8 +59,8 @@ def compute(this: Experiment, seeds: int, progress: Any) -> dict[str, np.ndarray
             rows[name].append(np.where(beyond, np.nan, np.asarray(curves[name].outer)))
         parts = Parts(run.problem, run.solution, run.y)
         for name, jacobian in {"Vanilla" if k == "Plain" else k: v for k, v in parts.jacobians().items()}.items():
-            constants.setdefault(name, []).append(np.linalg.norm(jacobian, 2))
-        constants.setdefault("M", []).append(np.linalg.norm(parts.M, 2))
+            constants.setdefault(name, []).append(float(np.linalg.norm(jacobian, 2)))
+        constants.setdefault("M", []).append(float(np.linalg.norm(parts.M, 2)))
         progress.update(seed + 1, f"seed {seed}")
     found = {name: np.array(values) for name, values in rows.items()} | {f"C {name}": np.array(values) for name, values in constants.items()}
     used = int(np.isfinite(found["distance"]).sum(1).max())

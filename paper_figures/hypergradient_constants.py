@@ -140,7 +140,7 @@ def _errors(problem: Any, outer: Any, y: Any, x: Any, d: Any, products: tuple[in
         caption=r"The error of $\Omega(x - s)$ at distance t = 0.01 in a random direction, over t, where s is k steps of conjugate gradients for "
                 r"$F_1s = F$, preconditioned by the diagonal of $F_1$: medians and quartiles of 50 seeds of the ridge problem with quadratic G. "
                 r"Diagonal corrections (Jacobi, and damped in the best way) cost no product with $F_1$ beyond the residual; one step of conjugate "
-                r"gradients is better than both.")
+                r"gradients is better than both. Seven, as many as there are unknowns, reach round-off, below the frame.")
 class Budget:
     """Corrections at equal numbers of Hessian-vector products."""
 

@@ -129,14 +129,17 @@ class ExactOneActive:
         for law, (slope, intercept, values) in KNOWN.items():
             known = data[f"{law}/known"]
             found = line(sizes, known.mean(axis=1))
-            check.equal(f"{law}, true gate: slope", found[0], slope, 0.03 if len(sizes) > 10 else 0.15)
+            # The companion's own slope is that of a line through 200 sizes; through fewer, which are smaller, only the claimed -1/2 is expected.
+            expected, tol = (slope, 0.03) if len(sizes) > 100 else (-0.5, 0.05 if len(sizes) > 10 else 0.15)
+            check.equal(f"{law}, true gate: slope", found[0], expected, tol)
             for n, expected in values.items():
                 if n in sizes:
                     row = known[sizes.index(n)]
                     error = np.hypot(1, 1) * row.std(ddof=1) / np.sqrt(len(row))
                     check.below(f"{law}, true gate: D1 at n = {n} against the companion's, in standard errors", abs(row.mean() - expected) / error, 4)
-            if len(sizes) > 10:
+            if len(sizes) > 100:  # the companion's line is fitted to 200 sizes, of which few are small
                 check.equal(f"{law}, true gate: intercept", found[1], intercept, 0.25)
+            if len(sizes) > 10:
                 check.equal(f"{law}, stuck gate: slope", line(sizes, data[f"{law}/raw"].mean(axis=1))[0], STUCK[law][0], 0.06)
                 check.above(f"{law}: slope of the stuck gate over that of the true one", line(sizes, data[f"{law}/raw"].mean(axis=1))[0], found[0])
 

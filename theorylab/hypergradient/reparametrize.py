@@ -181,7 +181,9 @@ class Reparametrized(Estimator):
         mixed = jax.jvp(lambda z: jax.grad(along, 1)(z, y), (z,), (u,))[1]
         drift = jax.vjp(lambda y: self.map(z, y), y)[1](S @ w.value)[0]
         value = at.outer_y - at.cross_pullback(w.value) + drift - mixed
-        # The residual of the change of variable: a map that is not invertible here shows in its Jacobian.
-        lost = jnp.linalg.cond(A) > float(jnp.finfo(x.dtype).eps) ** -0.5
+        # A map that is not invertible here shows in its Jacobian, a search for z that failed in what the map makes of it.
+        root = float(jnp.finfo(x.dtype).eps) ** 0.5
+        missed = jnp.max(jnp.abs(self.map(z, y) - x)) > root * jnp.maximum(1.0, jnp.max(jnp.abs(x)))
+        lost = missed | ~(jnp.linalg.cond(A) * root <= 1)
         adjoint = Solved(*w[:3], jnp.where(lost, code(Status.UNDECIDED), w.status))
         return assemble(at, adjoint, value)

@@ -68,7 +68,7 @@ def unrolling(problem: Any, x: Any, y: Any, eta: Any, steps: int) -> Unrolling:
         x, J = x - eta * at.residual, J - eta * (H @ J + F2)
         after = problem.at(x, y)
         exact = -jnp.linalg.solve(after.matrix(), crossed(after))
-        return (x, J), Unrolling(x, *(after.outer_y + j.T @ after.outer_x for j in (J, exact)), J, exact)
+        return (x, J), Unrolling(x, after.outer_y + J.T @ after.outer_x, after.outer_y + exact.T @ after.outer_x, J, exact)
 
     return lax.scan(step, (x, jnp.zeros((x.shape[0], y.shape[0]), x.dtype)), None, length=steps)[1]
 
