@@ -19,8 +19,8 @@ likelihood = moe.Likelihood(x, y, experts=2, active=1, selection="logit")
 # %% [markdown]
 # ## EM keeps what it is given
 #
-# A start with the boundary in the wrong place. EM fits the lines to the wrong halves and stays there: none of its steps moves a training point from one
-# expert to the other. The routing search can.
+# A start with the boundary in the wrong place. EM fits the lines to the wrong halves and stays there: none of its steps moves a training point from
+# one expert to the other. The routing search can.
 
 # %%
 wrong = truth.replace(gate_intercept=np.array([-17.0, 0.0]))     # a switch at 0.68

@@ -81,7 +81,7 @@ def from_lineax(name, *tolerances):
     return getattr(lineax, name)(*tolerances)
 
 
-@pytest.mark.parametrize("linear", [CG(1e-14), LU(), from_scipy, from_lineax("Cholesky"), from_lineax("CG", 1e-14, 1e-14)], 
+@pytest.mark.parametrize("linear", [CG(1e-14), LU(), from_scipy, from_lineax("Cholesky"), from_lineax("CG", 1e-14, 1e-14)],
                          ids=["CG", "LU", "scipy", "lineax Cholesky", "lineax CG"])
 def test_every_kind_of_linear_solver_gives_them(linear):
     loss = lambda y: outer(implicit(ridge, linear)(solve_ridge)(X0, y, DATA), y)
