@@ -104,6 +104,7 @@ def test_constants_of_all_estimators_in_the_plane():
     assert jacobi.outer is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diabetes", "breast_cancer"])
 def test_the_constant_on_real_data(name):
     problem, y, _, known = cases.data(name)
@@ -160,6 +161,7 @@ def test_observed_errors_tend_to_the_predicted_vector(how, order):
     np.testing.assert_allclose(miss[2], miss[1], rtol=0.1)  # the remainder is of one order more
 
 
+@pytest.mark.slow
 def test_the_remainder_of_the_plain_formula_has_its_constant():
     problem, y, d, _, x = generic()
     found = hg.check_super_efficiency(hg.Plain(), problem, y, solution=x, direction=d)
@@ -168,6 +170,7 @@ def test_the_remainder_of_the_plain_formula_has_its_constant():
     np.testing.assert_allclose(found.errors / found.distances, [1.4315, 1.3972, 1.3940, 1.3936], atol=6e-5)
 
 
+@pytest.mark.slow
 def test_exactness_has_no_slope():
     problem, y, _, _ = cases.p3()
     exact = hg.check_super_efficiency(hg.NewtonPoint(), problem, y)

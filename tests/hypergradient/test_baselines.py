@@ -57,6 +57,7 @@ def at(kind, solved=False):
     return problem, [np.asarray(a) for a in _facts(problem, x, Y)], oracles.each(EVERY, problem, x, Y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["energy", "root"])
 def test_a_series_is_off_by_a_power_of_the_contraction(kind):
     _, (value, J, H, outer_x), (series, *_) = at(kind)

@@ -103,6 +103,7 @@ def exact(problem, x, y):
 ball_at = jax.jit(lambda problem, x, y: ball(problem, problem.at(x, y)))
 
 
+@pytest.mark.slow
 @given(st.sampled_from([LogisticSelection, SoftmaxSelection]), st.integers(0, 10**6), st.floats(-9, 1))
 @settings(max_examples=30, deadline=None)
 def test_no_draw_breaks_the_bound_or_leaves_the_ball(kind, seed, exponent):

@@ -68,12 +68,14 @@ def test_the_one_point_correction_is_the_jacobian_of_the_formula_times_the_newto
     near(found.error_estimate, np.linalg.norm(slope @ newton), 1e-10)
 
 
+@pytest.mark.slow
 def test_every_linear_solver_gives_the_same_estimate():
     problem, y, (value, *_) = dense()
     for found in oracles.each([hg.Plain(linear=how) for how in (hg.LU(), hg.CG(), hg.CG(preconditioner="jacobi"), hg.GMRES())], problem, X, y):
         near(found.value, value, 1e-9)
 
 
+@pytest.mark.slow
 def test_preconditioned_estimators_are_the_formula_at_the_moved_point():
     problem, y, (_, _, newton, H, F) = dense()
     scale, full = np.array([3.0, 4.0, 5.0]), H + 0.3 * np.eye(3)
@@ -93,6 +95,7 @@ def _tenth(at, r):
     return r / 10
 
 
+@pytest.mark.slow
 def test_polish_is_the_derivative_through_a_differentiated_newton_step():
     problem, y, _ = dense()
 
@@ -158,6 +161,7 @@ def test_planar_ridge_golden_numbers_and_exactness_of_the_newton_point_at_any_di
     near(oracles.each(chosen, problem, problem.exact(y) + 30 * jnp.array([0.6, -0.8]), y)[2].value, known["gradient"], 1e-9)
 
 
+@pytest.mark.slow
 def test_a_large_logistic_problem_has_the_published_errors():
     rs, N, p = np.random.RandomState(0), 2000, 200
     s = np.linspace(1, 0.1, p)
@@ -229,6 +233,7 @@ def _first(x, y, a):
     return x[0]
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     found = hg.hypergradient(oracles.tiny(dtype=jnp.float32), X.astype(jnp.float32), Y.astype(jnp.float32))
     value = hg.hypergradient(oracles.tiny(), X, Y).value
@@ -236,6 +241,7 @@ def test_float32_stays_float32():
     np.testing.assert_allclose(found.value, value, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_warm_adjoint_saves_products():
     problem, y, _ = dense()
     how = hg.Plain(linear=hg.CG(1e-10, max_steps=1))

@@ -90,6 +90,7 @@ def test_every_kind_of_linear_solver_gives_them(linear):
     close(turned, EXACT[2] @ D)
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_under_vmap():
     loss = lambda y: outer(implicit(ridge, CG(1e-14))(solve_ridge)(X0, y, DATA), y)
     close(derivatives(loss, jax.hessian)[0], EXACT[2])

@@ -39,6 +39,7 @@ def descended(inner_tolerance):
     return error, sol.history["gradients"][59], sol
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tolerance", "worst", "count"), [
     (1e-3, 0.60, 1565), (InnerEstimate(0.1), 0.11, 1685), (1e-4, 0.058, 4415), (InnerEstimate(0.01), 0.0099, 4390), (InnerEstimate(0.5), 0.55, 700)])
 def test_errors_and_costs_on_breast_cancer_are_those_of_the_specification(tolerance, worst, count):
@@ -48,6 +49,7 @@ def test_errors_and_costs_on_breast_cancer_are_those_of_the_specification(tolera
     assert sol.history["unsolved"][-1] == sol.history["failed"][-1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [0.5, 0.1])
 def test_the_certified_rule_keeps_its_promise(theta):
     error, spent, sol = descended(InnerCertificate(theta))
@@ -102,6 +104,7 @@ def test_a_divergent_run_ends_as_not_finite():
         tl.iterate(TREE, OuterDescent(1e200, OnePoint(), Newton(), 1e-10), steps=10)
 
 
+@pytest.mark.slow
 def test_single_precision():
     problem = Bilevel(shifted_energy, shifted_outer, x={"a": jnp.zeros(2, jnp.float32), "b": jnp.zeros((), jnp.float32)}, y=jnp.ones(2, jnp.float32))
     sol = tl.iterate(problem, OuterDescent(), jnp.full(2, 3.0, jnp.float32), steps=20)

@@ -31,6 +31,7 @@ def plan(budget, preconditioner="auto"):
     return plan_correction(problem, x, y, budget, stale=stale, preconditioner=preconditioner)
 
 
+@pytest.mark.slow
 def test_the_constants_are_those_of_the_dense_formula():
     problem, y, _, x, stale = setting()
     H, Omega_x = np.asarray(problem.at(x, y).matrix()), np.asarray(jax.jit(lambda x: oracles.omega_x(problem, x, y))(x))

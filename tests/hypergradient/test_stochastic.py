@@ -174,6 +174,7 @@ def reached(*methods):
     return {"start": value(jnp.ones(10)), **{type(m).__name__: value(last(problem, m, jnp.ones(10), 2000)) for m in methods}}
 
 
+@pytest.mark.slow
 def test_variance_reduction_removes_the_noise_plateau():
     found = reached(SOBA(), SABA(), SRBA())
     assert found["SABA"] < 1e-11 and found["SRBA"] < 1e-11
