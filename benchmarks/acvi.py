@@ -314,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = ("games", "batches", "sparse", "xstep", "hbg")
     parser = report.parser(__doc__, "smaller games, fewer rounds, short limits")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of the tables")
+    parser.add_argument("--sizes", nargs="+", type=int, default=(50, 200, 500), help="of the games (default 50 200 500)")
     options = parser.parse_args(argv)
     quick, tables = options.quick, {}
     rounds = 1 if quick else 5
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore", RunWarning)
         if "games" in options.only:
             tables["Gaussian games"] = (games((50,), TUNING[:1], FRESH[:1], 20_000, 5.0, rounds) if quick
-                                        else games((50, 200, 500), TUNING, FRESH, 500_000, 60.0, rounds))
+                                        else games(tuple(options.sizes), TUNING, FRESH, 500_000, 60.0, rounds))
         if "batches" in options.only:
             tables["Batches of games"] = batches(200, (10,), 20, rounds) if quick else batches(1000, (10, 30), 200, rounds)
         if "sparse" in options.only:

@@ -2,26 +2,25 @@
 # # How many experts, and how many at a time
 #
 # Data from four experts in the plane, of which the gate keeps two. Neither number is given. Two ways to find them: fit all candidates and compare a
-# criterion, or fit one that is too large and merge.
+# criterion, or look at what merging the experts of a fit would cost.
 
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
 
-import theorylab as tl
 from theorylab import moe
 from theorylab.lab.style import figsize, paper_style
 
 truth = moe.example("S3")
-x, y = truth.sample(800, key=0, low=-1.0, high=1.0)
+x, y = truth.sample(600, key=0, low=-1.0, high=1.0)
 
 # %% [markdown]
 # ## By BIC
 #
-# Every pair is fitted from several starts, by EM where the gate keeps all experts and by the routing search where it does not.
+# Each candidate is fitted from two starts by the routing search (by EM where the gate keeps all experts).
 
 # %%
-order = moe.select_order(x, y, experts=[2, 3, 4], active=[1, 2], starts=4, rounds=10, key=1)
+order = moe.select_order(x, y, experts=[3, 4], active=[2], starts=2, rounds=6, key=1)
 print(order)
 
 # %% [markdown]
@@ -38,12 +37,10 @@ print("Hellinger distance to the truth:", moe.hellinger(best, truth, (-1.0, 1.0)
 # %% [markdown]
 # ## By merging
 #
-# A fit with one expert too many, merged pair by pair. The height of a merge is small where the two experts say the same.
+# The fit, merged pair by pair. The height of a merge is small where two experts say the same, and large where merging would lose one.
 
 # %%
-likelihood = moe.Likelihood(x, y, experts=5, active=2)
-large = tl.iterate(moe.Routing(likelihood), moe.RoutingSearch(starts=2), steps=6, key=2).value
-tree = moe.dendrogram(large)
+tree = moe.dendrogram(best)
 print("heights of the merges:", np.round(np.asarray(tree.heights), 3))
 
 # %%

@@ -21,8 +21,8 @@ print(table)
 # The loss has heavy tails at small n (a gate may be nearly separated), so its slope is taken over medians; the distance is bounded and tame.
 
 # %%
-density = tl.fit_rate(table["n"], table["hellinger"])
-loss = tl.fit_rate(table["n"], table["loss"], center="median")
+density = tl.fit_rate(table.n, table["hellinger"])
+loss = tl.fit_rate(table.n, table["loss"], center="median")
 print("Hellinger:", density)
 print("D1:       ", loss)
 
@@ -30,7 +30,7 @@ print("D1:       ", loss)
 # A regular model with 13 identified parameters has $n\,E H^2 \to 13/8$.
 
 # %%
-square = np.asarray(table["n"]) * np.mean(np.asarray(table["hellinger"]) ** 2, axis=1)
+square = np.asarray(table.n) * np.mean(np.asarray(table["hellinger"]) ** 2, axis=1)
 print("n E[H^2]:", np.round(square, 3), "theory 1.625")
 
 # %%

@@ -69,7 +69,11 @@ def run_docstring(text: str, name: str, space: dict) -> str:
     return report.getvalue()
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+# One short script of each family; the documentation build runs them all.
+SHORT = {"transformer_pde_collapse", "acvi_own_game", "stiefel_layer", "hypergradient_cleaning", "moe_regimes"}
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=() if p.stem in SHORT else pytest.mark.slow) for p in EXAMPLES])
 def test_the_example_runs(path):
     cells = runner.run(path, fresh=True)        # the outputs stay for the documentation
     assert any(cell.outputs for cell in cells), "an example shows something"
