@@ -43,4 +43,6 @@ with paper_style():
         ax.loglog(sizes, center, label=f"slope {fit.slope:.2f}", **look(0))
         ax.loglog(sizes, center[0] * np.sqrt(sizes[0] / np.array(sizes)), label="slope -1/2", **look(1))
         ax.set(xlabel="n", ylabel=label)
+        ax.minorticks_off()
+        ax.set_xticks(sizes, [str(n) for n in sizes])
         ax.legend()
