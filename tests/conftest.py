@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -61,13 +62,27 @@ def _global_state_is_left_alone():
         plots.close("all")
 
 
+_calls = itertools.count(1)
+
+
+def _drop_programs(most: int) -> None:
+    """Drop compiled programs when there are many: Linux gives a process 65530 memory maps, and every program takes some."""
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > most:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_are_few():
-    """Drop compiled programs between files when there are many: Linux gives a process 65530 memory maps, and every program takes some."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.is_file() and maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
+    _drop_programs(20_000)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_programs_are_few_in_a_long_file():
+    yield
+    if next(_calls) % 20 == 0:
+        _drop_programs(40_000)
 
 
 @pytest.fixture

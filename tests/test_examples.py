@@ -79,7 +79,12 @@ def test_the_example_runs(path):
     assert any(cell.outputs for cell in cells), "an example shows something"
 
 
-@pytest.mark.parametrize("path", [p for p in TEXTS if blocks(p.read_text(encoding="utf-8"))], ids=lambda p: p.relative_to(ROOT).as_posix())
+def as_parameter(path: Path) -> object:
+    """A page as a parameter; the guides take ten to forty seconds each."""
+    return pytest.param(path, id=path.relative_to(ROOT).as_posix(), marks=pytest.mark.slow if path.parent.name == "guide" else ())
+
+
+@pytest.mark.parametrize("path", [as_parameter(p) for p in TEXTS if blocks(p.read_text(encoding="utf-8"))])
 def test_the_python_blocks_of_the_page_run_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = types.ModuleType(f"page_{path.stem}")
@@ -90,7 +95,19 @@ def test_the_python_blocks_of_the_page_run_from_top_to_bottom(path, tmp_path, mo
             exec(compile(tree, str(path), "exec"), vars(page))
 
 
-@pytest.mark.parametrize(("module", "name"), [(m, n) for m, n, _ in docstrings()], ids=[f"{m}.{n}" if n else m for m, n, _ in docstrings()])
+# Examples that take more than three seconds, nearly all of it compiling.
+LONG = {"sklearn_moe.TopKMoERegressor", "sklearn.StochasticCCA", "sklearn.LandingICA", "mean_field.mean_field_error", "nested.AmIGO",
+        "routing.RoutingSearch", "routing.best_run", "study.rate_study", "selection.select_order", "implicit.implicit",
+        "exponent.exponent_certificate", "desingularized.Desingularized", "outer.OuterDescent", "starts.best_start"}
+
+
+def example(module: str, name: str) -> object:
+    """A docstring as a parameter."""
+    whole = f"{module}.{name}" if name else module
+    return pytest.param(module, name, id=whole, marks=pytest.mark.slow if ".".join(whole.split(".")[-2:]) in LONG else ())
+
+
+@pytest.mark.parametrize(("module", "name"), [example(m, n) for m, n, _ in docstrings()])
 def test_the_docstring_example_runs(module, name):
     space = dict(vars(importlib.import_module(module)))
     thing = importlib.import_module(module)

@@ -200,6 +200,7 @@ def test_trees_go_in_and_come_out():
     assert found.correction[0].shape == (2,)
 
 
+@pytest.mark.slow
 def test_it_batches_compiles_and_differentiates():
     problem, y, (_, slope, *_) = dense()
     ys, xs = jnp.stack([y, y + 0.1]), jnp.stack([X, X - 0.1])
@@ -259,6 +260,7 @@ def _sum(x, y):
     return jnp.sum(x)
 
 
+@pytest.mark.slow
 def test_a_hessian_that_is_not_positive_definite_is_named_or_solved_by_another_solver():
     problem = hg.Bilevel(_indefinite, _sum, x=jnp.zeros(2), y=jnp.ones(2))
     with pytest.raises(MatrixError, match=r"inner Hessian F_1 must be positive definite, its smallest eigenvalue is -6 .* linear=LU\(\)"):

@@ -33,6 +33,7 @@ def reference(likelihood, start):
     return float(likelihood.log_likelihood(tl.iterate(likelihood, EM(), start, steps=100, stop=tl.Below("gain", 1e-9), throw=False).value))
 
 
+@pytest.mark.slow
 def test_four_starts_that_know_nothing_find_the_two_lines():
     likelihood = s0_likelihood()
     solution = tl.iterate(Routing(likelihood), RoutingSearch(), steps=25, stop=Routing(likelihood).goal(1e-7), runs=4, throw=False)
@@ -103,7 +104,7 @@ def test_perturbed_starts_keep_the_first_and_move_gates_only():
 def test_a_scattered_start_fits_each_expert_to_its_neighbourhood():
     """By weighted least squares with weights .9 and .1 shares."""
     likelihood = s1_likelihood()
-    start = scattered(likelihood, key=3)
+    start = scattered(likelihood, key=4)                                                     # no row lies midway between two centers
     z = np.column_stack([np.ones(400), likelihood.x])
     logits = z @ np.asarray(start.gate_matrix).T
     share = 0.9 * (logits.argmax(axis=1)[:, None] == np.arange(3)) + 0.1 / 3

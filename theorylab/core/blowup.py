@@ -63,4 +63,5 @@ def is_blow_up(flow: Any, t: Float[Array, ""], y: Any, *, first_size: Float[Arra
     growth = lax.cond(any_lane(look), rate, lambda: jnp.zeros_like(size))
     resolution = STUCK_UNITS * jnp.finfo(t.dtype).eps * jnp.abs(t)
     level = collapse * elapsed
-    return look & (size < growth * jnp.where(stuck, jnp.maximum(level, resolution), level))
+    # beyond the root of the largest number the square in the rate overflows, which says nothing about the growth time
+    return look & jnp.isfinite(growth) & (size < growth * jnp.where(stuck, jnp.maximum(level, resolution), level))
