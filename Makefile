@@ -39,8 +39,8 @@ help:  ## this list
 figures: $(VENV)/.figures  ## compute, draw and check every figure with the settings of the papers (minutes the first time, then cached)
 	@$(WITH_CACHE) $(BIN)/theorylab figures $(ARGS)
 
-# What tests cost is compiling many small programs once, so they are compiled without the passes of LLVM that make large ones fast.
-QUICK_COMPILE := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+# What tests cost is compiling many small programs once, so they are compiled without the passes that make large ones fast.
+QUICK_COMPILE := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 test: $(VENV)/.test  ## every test, example, fast claim and small figure (some minutes on two cores)
 	@$(WITH_CACHE) $(ONE_THREAD) $(QUICK_COMPILE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)

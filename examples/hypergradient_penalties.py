@@ -48,7 +48,7 @@ runs = {"certified": "certified", "estimated": "estimate", "residual 1e-6": 1e-6
 sols = {name: tl.iterate(problem, hg.OuterDescent(30.0, inner=hg.AcceleratedGradient(), inner_tolerance=rule, inner_steps=5000, every=5), y, steps=30)
         for name, rule in runs.items()}
 for name, sol in sols.items():
-    print(f"{name:14s} validation loss {sol.history['objective'][-1]:.5f}, inner gradients {int(sol.history['gradients'][-1])}")
+    print(f"{name:14s} validation loss {sol.history['objective'][-1]:.5f}, gradients {int(sol.history['gradients'][-1])}")
 
 fast = tl.solve(problem, y, tolerance=1e-5)
 print(f"tl.solve: validation loss {fast.history['objective'][-1]:.5f} after {fast.steps} outer steps, {type(fast.method).__name__}")
@@ -58,7 +58,7 @@ with paper_style():
     fig, (left, right) = plt.subplots(1, 2, figsize=figsize(2, 0.36), width_ratios=[1, 1.25])
     for i, (name, sol) in enumerate(sols.items()):
         left.plot(sol.history["gradients"], sol.history["objective"], label=name, **look(i))
-    left.set(xlabel="inner gradients", ylabel="validation loss", xscale="symlog")
+    left.set(xlabel="gradients of the inner energy", ylabel="validation loss", xscale="symlog")
     left.legend()
     order = np.argsort(np.asarray(fast.value))
     right.bar(range(30), np.asarray(fast.value)[order], color=COLORS["blue"])

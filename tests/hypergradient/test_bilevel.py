@@ -232,6 +232,42 @@ ENERGY, OUTER = (lambda x, y: jnp.sum(x * x) + jnp.sum(y)), (lambda x, y: jnp.su
 GENERIC = cases.generic().problem
 
 
+def _split_energy(x, y):
+    return jnp.sum(jnp.cosh(x) - y * x)
+
+
+def _first_entry(x, y):
+    return x[0]
+
+
+def test_without_examples_the_shapes_come_from_what_is_passed():
+    problem, x, y = hg.Bilevel(_split_energy, _first_entry), jnp.array([0.98137358702]), jnp.array([1.0])
+    known = {how: hg.hypergradient(problem, x, y, how()).value for how in (hg.Plain, hg.OnePoint)}
+    np.testing.assert_allclose(known[hg.Plain], [0.657264595340], rtol=1e-9)
+    np.testing.assert_allclose(known[hg.OnePoint], [0.705014394652], rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(lambda x, y: hg.hypergradient(problem, x, y).value)(x, y), known[hg.OnePoint], rtol=1e-12)
+    solution = tl.solve(problem.inner(y), jnp.zeros(1), tolerance=1e-12).value
+    np.testing.assert_allclose(solution, [np.arcsinh(1.0)], rtol=1e-12)
+    np.testing.assert_allclose(hg.reference(problem, y, jnp.zeros(1)), solution, rtol=1e-12)
+    constant = hg.efficiency_constant(problem, solution, y)
+    assert float(constant) == pytest.approx(0.5, rel=1e-12) and problem.x is None
+    tree = hg.Bilevel(lambda x, y: jnp.sum((x["a"] - y["b"]) ** 2), lambda x, y: jnp.sum(x["a"] ** 2))
+    np.testing.assert_allclose(hg.hypergradient(tree, {"a": jnp.ones(2)}, {"b": jnp.ones(2)}).value["b"], [2.0, 2.0])
+
+
+def test_without_an_example_of_x_what_cannot_be_known_is_named():
+    problem = hg.Bilevel(_split_energy, _first_entry)
+    for call, words in ((lambda: tl.iterate(problem, hg.OuterDescent(0.1), jnp.ones(1), steps=1), r"x has no known shape: pass x= \(an example"),
+                        (lambda: tl.iterate(problem.inner(jnp.ones(1)), hg.Newton(), steps=1), "x has no known shape"),
+                        (lambda: problem.start(jax.random.key(0)), "y has no known shape")):
+        with pytest.raises(ArgumentError, match=words):
+            call()
+    with pytest.raises(ShapeError, match="x must be a vector, got shape"):
+        tl.iterate(problem.inner(jnp.ones(1)), hg.Newton(), 0.5, steps=1)
+    with pytest.raises(ShapeError, match="must be a scalar"):
+        hg.hypergradient(hg.Bilevel(lambda x, y: x, _first_entry), jnp.ones(2), jnp.ones(2))
+
+
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: hg.Bilevel(ENERGY, OUTER, x=0.0, y=0.0, residual=ENERGY), ArgumentError, "either inner .* both"),
     (lambda: hg.Bilevel(None, OUTER, x=0.0, y=0.0), ArgumentError, "either inner .* neither"),

@@ -36,7 +36,7 @@ def along(problem, xs, y):
 
     def one(x):
         values = jnp.stack([estimator.estimate(problem, x, y).value for estimator in (Plain(), OnePoint(), NewtonPoint())])
-        return values, jax.vmap(lambda value: error_bound(problem, x, y, value))(values)
+        return values, jax.vmap(lambda value: error_bound(problem, x, y, value)[0])(values)
 
     return jax.lax.map(one, xs)
 

@@ -243,6 +243,14 @@ def test_float32_stays_float32():
 
 
 @pytest.mark.slow
+def test_the_work_of_an_estimate_is_counted():
+    known = {hg.Plain(): (0, 0, 1), hg.OnePoint(): (0, 1, 1), hg.NewtonPoint(): (1, 0, 2), hg.Preconditioned(steps=2): (2, 0, 1),
+             hg.Polish(): (1, 1, 1), hg.Neumann(5): (0, 17, 0), hg.Unrolled(4): (4, 16, 0), hg.JacobianFree(): (0, 0, 0),
+             hg.OneStep(): (1, 1, 1)}  # 12 products find the step
+    works = eqx.filter_jit(lambda x, y: [how.estimate(oracles.tiny(), x, y).work for how in known])(oracles.X3, oracles.Y2)
+    assert [tuple(int(part) for part in work) for work in works] == list(known.values())
+
+
 def test_a_warm_adjoint_saves_products():
     problem, y, _ = dense()
     how = hg.Plain(linear=hg.CG(1e-10, max_steps=1))

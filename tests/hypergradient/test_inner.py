@@ -223,6 +223,31 @@ def test_starts_may_be_trees_and_solve_chooses_the_method():
     assert isinstance(wide.inner(1.0).default_method(), hg.LBFGS)
 
 
+SAMPLES = hg.simulated(0, dim_inner=4, dim_outer=3, samples=64)
+
+
+def test_stochastic_descent_with_all_rows_is_gradient_descent_and_the_error_is_known():
+    y, start = jnp.ones(3), jnp.ones(4)
+    schedule = tl.InverseSqrt(0.4)
+    noisy, plain = (tl.iterate(SAMPLES.inner(y), how, start, steps=20) for how in (hg.StochasticGradient(schedule, 64), hg.GradientDescent(schedule)))
+    np.testing.assert_allclose(noisy.value, plain.value, rtol=1e-12)
+    x, H, g = np.ones(4), np.asarray(SAMPLES.inner_rows.hessian), np.asarray(SAMPLES.inner_rows.cross @ y + SAMPLES.inner_rows.s.mean(0))
+    solution, errors = -np.linalg.solve(H, g), []
+    for t in range(21):
+        errors.append(np.linalg.norm(x - solution))
+        x = x - 0.4 / np.sqrt(t + 1) * (H @ x + g)
+    np.testing.assert_allclose(plain.history["error"], errors, rtol=1e-10)
+
+
+def test_stochastic_descent_on_batches_comes_near_and_refuses_what_has_no_samples():
+    far = tl.iterate(SAMPLES.inner(jnp.ones(3)), hg.StochasticGradient(0.1, 16), steps=200, every=200).history["error"]
+    assert far[-1] < 0.3 * far[0]
+    refused = (SAMPLES.inner(jnp.ones(3)), 65, "batch_size must be at most the 64 samples"), (INNER, 1, "not a mean over samples")
+    for problem, size, words in refused:
+        with pytest.raises(ArgumentError, match=words):
+            tl.iterate(problem, hg.StochasticGradient(0.1, size), jnp.zeros(4), steps=1)
+
+
 @pytest.mark.parametrize("case", [ROOT, *slow(GENERIC, cases.p1(), cases.p3())])
 def test_reference_solutions_are_exact_to_round_off(case):
     x = case.problem.pack_x(hg.reference(case.problem, case.problem.unpack_y(case.y)))

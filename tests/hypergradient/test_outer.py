@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,19 +12,9 @@ from theorylab.errors import ArgumentError, NonFiniteError, ShapeError
 from theorylab.hypergradient.bilevel import Bilevel
 from theorylab.hypergradient.estimators import OnePoint, Plain
 from theorylab.hypergradient.inner import AcceleratedGradient, GradientDescent, Newton
+from theorylab.hypergradient.linear import CG
 from theorylab.hypergradient.outer import InnerCertificate, InnerEstimate, InnerResidual, OuterDescent
 from theorylab.hypergradient.selection import RidgeSelection
-
-
-@jax.jit
-def gradients(problem, ys):
-    """The hypergradient at each row of `ys`, by 15 Newton steps and the dense formula."""
-
-    def one(x, y):
-        x = jax.lax.fori_loop(0, 15, lambda _, x: x - jnp.linalg.solve(problem.at(x, y).matrix(), problem.residual(x, y)), x)
-        return x, oracles.omega(problem, x, y)
-
-    return jax.lax.scan(one, jnp.zeros(problem.n), ys)[1]
 
 
 def descended(inner_tolerance):
@@ -34,7 +23,7 @@ def descended(inner_tolerance):
     method = OuterDescent(100.0, Plain(), AcceleratedGradient(), inner_tolerance, every=5)
     sol = tl.iterate(problem, method, jnp.zeros(30), steps=60, record=tl.whole)
     ys = sol.history["x"]
-    true = np.asarray(gradients(problem, jnp.asarray(ys[:-1])))
+    true = np.array([oracles.logistic_gradient(problem, y) for y in ys[:-1]])
     error = np.linalg.norm((ys[:-1] - ys[1:]) / 100 - true, axis=1) / np.linalg.norm(true, axis=1)
     return error, sol.history["gradients"][59], sol
 
@@ -55,14 +44,15 @@ def test_the_certified_rule_keeps_its_promise(theta):
     error, spent, sol = descended(InnerCertificate(theta))
     assert error.max() <= theta
     assert (sol.history["hypergradient_error"] <= theta / (1 + theta) * sol.history["gradient_norm"]).all()
-    assert spent < 5000
+    inner = sol.history["inner_steps"][:60].sum()
+    assert inner < 5000 and inner < spent < 1.5 * inner  # each bound takes one gradient more, at the Newton point
     assert sol.history["objective"][-1] < 0.0735
 
 
 def test_the_automatic_step_size_reaches_a_stationary_point():
     problem = cases.data("breast_cancer").problem
     sol = tl.iterate(problem, OuterDescent(), jnp.zeros(30), steps=400, stop=tl.Below("gradient_norm", 1e-5))
-    assert np.linalg.norm(gradients(problem, jnp.tile(sol.value, (60, 1)))[-1]) < 1.01e-5
+    assert np.linalg.norm(oracles.logistic_gradient(problem, sol.value)) < 1.01e-5
     assert sol.history["objective"][-1] < 0.0707  # 60 steps of size 100 reach 0.0730
 
 
@@ -81,8 +71,21 @@ def test_trees_counters_and_a_closed_form():
     sol = tl.iterate(TREE, OuterDescent(0.25, OnePoint(), Newton(), 1e-10), steps=30)
     np.testing.assert_allclose(sol.value, 1 + 2 * 0.5**30 * np.ones(2), rtol=1e-12)  # y' = y - 2 (y - 1) / 4
     np.testing.assert_allclose(sol.history["objective"], 8 * 0.25 ** np.arange(31), rtol=1e-9)
-    np.testing.assert_array_equal(sol.history["factorizations"], 1 + np.arange(31))
+    np.testing.assert_array_equal(sol.history["factorizations"], 2 * (1 + np.arange(31)))  # one of the inner step, one of the estimate
+    np.testing.assert_array_equal(sol.history["products"], 1 + np.arange(31))  # the directional derivative of the correction
+    np.testing.assert_array_equal(sol.history["gradients"], 2 * (1 + np.arange(31)))
     np.testing.assert_array_equal(sol.history["inner_steps"], 1)
+
+
+def test_the_counters_hold_the_adjoint_solves_and_the_looks_of_the_rule():
+    quadratic = Bilevel(lambda x, y: jnp.sum((x - y) ** 2), lambda x, y: jnp.sum((x - 1.0) ** 2), x=jnp.zeros(2), y=jnp.zeros(2))
+    method = OuterDescent(0.25, OnePoint(linear=CG()), GradientDescent(0.5), "estimate")
+    sol = tl.iterate(quadratic, method, 3 * jnp.ones(2), steps=3)
+    steps = np.array([1, 1, 1, 1])  # F_1 = 2 I: one step of descent, and of each of the three solves unless its right-hand side is 0
+    np.testing.assert_array_equal(sol.history["inner_steps"], steps)
+    np.testing.assert_array_equal(np.diff(sol.history["gradients"]), 2)
+    np.testing.assert_array_equal(sol.history["factorizations"], 0)
+    assert (np.diff(sol.history["products"]) >= 3).all()  # two looks, the second of which is the estimate
 
 
 def test_runs_in_a_batch_and_schedules():

@@ -13,7 +13,7 @@ from tests.hypergradient import cases, oracles
 from theorylab.core.linear import Factored
 from theorylab.errors import ArgumentError, ShapeError, UnknownNameError
 from theorylab.hypergradient.estimators import Plain
-from theorylab.hypergradient.plan import DampedDiagonal, plan_correction
+from theorylab.hypergradient.plan import DampedDiagonal, Nystrom, plan_correction
 
 
 @cache
@@ -55,7 +55,7 @@ def probe_key():
     return stream(as_key(0), "probes")
 
 
-@pytest.mark.parametrize(("budget", "asked", "name"), [(1, "damped", "damped"), (8, "auto", "pcg"), (1, "auto", "stale")])
+@pytest.mark.parametrize(("budget", "asked", "name"), [(1, "damped", "damped"), (8, "auto", "pcg"), (1, "auto", "stale"), (4, "nystrom", "nystrom")])
 def test_the_chosen_estimator_has_the_predicted_error(budget, asked, name):
     problem, y, _, x, _ = setting()
     found = plan(budget, asked)
@@ -75,6 +75,21 @@ def test_more_products_are_better_and_dominate_the_diagonal():
     constants = [plan(budget).constants for budget in (1, 4, 8)]
     assert constants[0]["pcg"] > 5 * constants[1]["pcg"] > 25 * constants[2]["pcg"]
     assert constants[0]["pcg"] < constants[0]["damped"] < constants[0]["plain"]
+
+
+def test_the_nystrom_approximation_is_the_inverse_at_full_rank_and_what_its_formula_says_below():
+    problem, y, _, x, _ = setting()
+    at = problem.at(x, y)
+    H = np.asarray(at.matrix())
+    root = np.sqrt(np.diag(H))
+    S = H / root / root[:, None]
+    np.testing.assert_allclose(Nystrom(30)(at, jnp.ones(30)), np.linalg.solve(H, np.ones(30)), rtol=1e-8)
+    inverse = np.asarray(jax.vmap(lambda r: Nystrom(6)(at, r))(jnp.eye(30)))
+    Q = np.linalg.qr(np.cos(np.arange(1, 901.0) ** 2).reshape(30, 30)[:, :6])[0]
+    Y = S @ Q
+    heights, U = np.linalg.eigh(Y @ np.linalg.solve(Q.T @ Y, Y.T))
+    known = (np.eye(30) - U[:, -6:] @ U[:, -6:].T) / heights[-6] + U[:, -6:] / heights[-6:] @ U[:, -6:].T
+    np.testing.assert_allclose(root[:, None] * inverse * root, known, atol=1e-9)
 
 
 def test_a_diagonal_that_makes_things_worse_is_refused():
@@ -103,7 +118,7 @@ def test_damping_scales_the_diagonal():
 @pytest.mark.parametrize(("change", "error", "words"), [
     ({"budget": -1}, ArgumentError, "budget must be a whole number at least 0"),
     ({"probes": 0}, ArgumentError, "probes must be a whole number at least 1"),
-    ({"preconditioner": "nystrom"}, UnknownNameError, "preconditioner 'nystrom' is not known"),
+    ({"preconditioner": "ilu"}, UnknownNameError, "preconditioner 'ilu' is not known"),
     ({"stale": jnp.eye(3)}, ShapeError, "stale must have 30 rows"),
     ({"stale": jnp.ones(3)}, ShapeError, "stale must be a square matrix"),
     ({"x": jnp.ones(3)}, ShapeError, "x must"),
@@ -116,6 +131,6 @@ def test_bad_input_is_refused(change, error, words):
 
 def test_a_candidate_that_is_not_there_is_named():
     problem, y, _, x, _ = setting()
-    for name, words in (("stale", "needs the argument stale"), ("pcg", "needs a budget of at least 1")):
+    for name, words in (("stale", "needs the argument stale"), ("pcg", "needs a budget of at least 1"), ("nystrom", "needs a budget of at least 1")):
         with pytest.raises(ArgumentError, match=words):
             plan_correction(problem, x, y, 0, preconditioner=name)

@@ -9,10 +9,11 @@ import pytest
 
 import theorylab as tl
 from tests.hypergradient import cases, oracles
-from theorylab.core.keys import stream
+from theorylab.core.keys import step_key, stream
 from theorylab.core.sample import minibatch
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.hypergradient.nested import BSA, MRBO, SUSTAIN, TTSA, AmIGO, StocBiO, neumann, truncated
+from theorylab.hypergradient.hessian_free import BOME, F2SA, PZOBO
+from theorylab.hypergradient.nested import BSA, MRBO, SUSTAIN, TTSA, VRBO, AmIGO, StocBiO, neumann, truncated
 from theorylab.hypergradient.simulated import simulated
 from theorylab.hypergradient.stochastic import FSLA, SABA, SOBA, SRBA
 
@@ -129,7 +130,64 @@ def storm():
     return y
 
 
+def variance_reduced():
+    x, y = np.zeros(4), Y0
+    slope = lambda x, y: ALL.G_2(x, y) - ALL.cross(series(ALL.G_1(x, y), 5))
+    d = slope(x, y)
+    for _ in range(STEPS):
+        y = y - 0.05 * d
+        for _ in range(3):
+            d, x = slope(x, y), x - 0.1 * ALL.F(x, y)  # with all rows the directions are those of the last point where they were evaluated
+    return y
+
+
+def penalized():
+    x, high, y, penalty = np.zeros(4), np.zeros(4), Y0, 2.0
+    for t in range(STEPS):
+        eta, plain = 0.1 / (t + 1) ** (5 / 7), 0.1 / (t + 1) ** (4 / 7)
+        for _ in range(3):
+            high, x = high - eta * (penalty * ALL.F(high, y) + ALL.G_1(high, y)), x - plain * ALL.F(x, y)
+        y = y - plain / 2 * (ALL.G_2(high, y) + penalty * ALL.cross(high - x))  # E_2 is linear in x
+        penalty = penalty + 0.1 / (t + 1) ** (1 / 7)
+    return y
+
+
+def value_function():
+    x, y = np.zeros(4), Y0
+    for _ in range(STEPS):
+        settled = x
+        for _ in range(3):
+            settled = settled - 0.1 * ALL.F(settled, y)
+        qx, qy, gx, gy = ALL.F(x, y), ALL.cross(x - settled), ALL.G_1(x, y), ALL.G_2(x, y)
+        size = qx @ qx + qy @ qy
+        weight = max(0.5 * size - gx @ qx - gy @ qy, 0) / size
+        x, y = x - 0.1 * (gx + weight * qx), y - 0.05 * (gy + weight * qy)
+    return y
+
+
+def differences():
+    x, y, rounds = np.zeros(4), Y0, jax.jit(lambda t: jax.random.normal(step_key(stream(KEY, "directions"), t), (2, 3)))
+
+    def run(x, y):
+        for _ in range(3):
+            x = x - 0.1 * ALL.F(x, y)
+        return x
+
+    for t in range(STEPS):
+        new, U = run(x, y), np.asarray(rounds(t))
+        slopes = [(run(x, y + 0.1 * u) - new) @ ALL.G_1(new, y) / 0.1 for u in U]
+        x, y = new, y - 0.05 * (ALL.G_2(new, y) + np.mean([s * u for s, u in zip(slopes, U, strict=True)], axis=0))
+    return y
+
+
 @pytest.mark.parametrize(("method", "recursion"), [
+    (BOME(0.1, 2.0, inner_steps=3), value_function), (PZOBO(0.1, 2.0, inner_steps=3, directions=2), differences)], ids=lambda m: type(m).__name__)
+def test_a_method_without_batches_is_its_recursion(method, recursion):
+    np.testing.assert_allclose(last(SMALL, method, Y0, STEPS), recursion(), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("method", "recursion"), [
+    (VRBO(**WHOLE, inner_steps=3, terms=5, period_fraction=100.0), variance_reduced), (F2SA(**WHOLE, inner_steps=3, penalty=2.0), penalized),
     (SOBA(**WHOLE), lambda: single_loop(0.5)), (SRBA(**WHOLE, period_fraction=1.5), lambda: single_loop(0)),
     (FSLA(**WHOLE), fully_single_loop), (AmIGO(**WHOLE, inner_steps=3), lambda: nested(warm)),
     (StocBiO(**WHOLE, inner_steps=3, terms=5), lambda: nested(lambda v, b: series(b, 5))), (MRBO(**WHOLE, terms=5), storm)],
@@ -232,10 +290,15 @@ def test_selection_problems_in_single_precision():
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: SOBA(0.0), ArgumentError, "step_size must be above 0"),
     (lambda: MRBO(momentum=2.0), ArgumentError, "momentum must be above 0 and at most 1"),
+    (lambda: F2SA(growth=-1.0), ArgumentError, "growth must be at least 0"),
+    (lambda: BOME(control=0.0), ArgumentError, "control must be above 0"),
+    (lambda: PZOBO(directions=0), ArgumentError, "directions must be at least 1"),
+    (lambda: tl.iterate(cases.root().problem, BOME(), steps=1), ArgumentError, "BOME needs an inner energy, and Bilevel is a root problem"),
+    (lambda: tl.iterate(SMALL, VRBO(batch_size=17), steps=1), ArgumentError, "batch_size must be at most the 16 samples"),
     (lambda: tl.iterate(SMALL, SOBA(batch_size=17), steps=1), ArgumentError, "batch_size must be at most the 16 samples of the inner objective"),
     (lambda: tl.iterate(SMALL, SABA(batch_size=5), steps=1), ArgumentError, "batch_size must divide the 16 samples of the inner objective"),
     (lambda: tl.iterate(cases.p1().problem, SOBA(), 1.0, steps=1), ArgumentError, "Bilevel is not a mean over samples"),
-    (lambda: tl.iterate(SMALL.inner(jnp.ones(3)), SOBA(), jnp.ones(4), steps=1), ArgumentError, "must be a bilevel problem with samples"),
+    (lambda: tl.iterate(SMALL.inner(jnp.ones(3)), SOBA(), jnp.ones(4), steps=1), ArgumentError, "must be a bilevel problem"),
     (lambda: tl.iterate(SMALL, SOBA(batch_size=4), jnp.ones(4), steps=1), ShapeError, "y must"),
     (lambda: simulated(0, dim_outer=1), ArgumentError, "dim_outer must be a whole number at least 2"),
     (lambda: simulated(0, convexity=2.0), ArgumentError, "smoothness must be a number at least 2"),

@@ -28,11 +28,13 @@ from theorylab.hypergradient.estimators import (
     Preconditioned as Preconditioned,
     hypergradient as hypergradient,
 )
+from theorylab.hypergradient.hessian_free import BOME as BOME, F2SA as F2SA, PZOBO as PZOBO
 from theorylab.hypergradient.implicit import implicit as implicit
 from theorylab.hypergradient.inner import (
     AcceleratedGradient as AcceleratedGradient,
     GradientDescent as GradientDescent,
     Newton as Newton,
+    StochasticGradient as StochasticGradient,
     reference as reference,
 )
 from theorylab.hypergradient.linear import (
@@ -43,12 +45,14 @@ from theorylab.hypergradient.linear import (
     LinearSolver as LinearSolver,
     NeumannSeries as NeumannSeries,
     Solved as Solved,
+    Work as Work,
 )
 from theorylab.hypergradient.nested import (
     BSA as BSA,
     MRBO as MRBO,
     SUSTAIN as SUSTAIN,
     TTSA as TTSA,
+    VRBO as VRBO,
     AmIGO as AmIGO,
     StocBiO as StocBiO,
 )

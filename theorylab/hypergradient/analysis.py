@@ -44,6 +44,9 @@ class EfficiencyConstant(NamedTuple):
     residual: Array
     status: Array
 
+    def __float__(self) -> float:
+        return float(self.value)
+
 
 def singular_triple(forward: Map, backward: Map, rows: Array, steps: int) -> tuple[Array, Array, Array, Array]:
     """The largest singular value of a map A given by products, with its vectors and a residual, by the Lanczos process on A'A.
@@ -147,7 +150,7 @@ def efficiency_constant(problem: Any, x: Any, y: Any, estimator: Estimator | Non
         >>> round(float(efficiency_constant(problem, jnp.arcsinh(1.0), 1.0).value), 9)
         0.5
     """
-    flat_x, flat_y = flat_point(problem, x, y)
+    problem, flat_x, flat_y = flat_point(problem, x, y)
     found = compiled(_constant, Plain() if estimator is None else as_estimator(estimator), problem, flat_x, flat_y)
     like_y = {name: None if (part := getattr(found, name)) is None else problem.unpack_y(part) for name in ("left", "outer", "mixed", "bent")}
     return found._replace(right=problem.unpack_x(found.right), **like_y)
@@ -207,7 +210,7 @@ def predicted_error(problem: Any, solution: Any, y: Any, delta: Any, estimator: 
         >>> predicted_error(problem, jnp.arcsinh(1.0), 1.0, 1.0, NewtonPoint()).second.round(9).tolist()
         [-0.176776695]
     """
-    x, flat_y = flat_point(problem, solution, y)
+    problem, x, flat_y = flat_point(problem, solution, y)
     return compiled(predicted, as_estimator(estimator), problem, x, flat_y, problem.pack_x(delta))
 
 
@@ -239,6 +242,6 @@ def value_correction(problem: Any, x: Any, y: Any, *, adjoint: Any = None, linea
         >>> abs(hg.value_correction(problem, x + 1e-3, 1.0) - x) < 1e-6
         Array(True, dtype=bool)
     """
-    flat_x, flat_y = flat_point(problem, x, y)
+    problem, flat_x, flat_y = flat_point(problem, x, y)
     v = None if adjoint is None else problem.pack_x(adjoint)
     return compiled(_corrected, problem, flat_x, flat_y, v, solver(linear, problem.n, problem.symmetric))

@@ -13,7 +13,7 @@ from theorylab.core.module import choice, number, size
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError
 from theorylab.hypergradient.estimators import Estimator, Hypergradient, assemble, compiled, inner_turn, linearize, plain
-from theorylab.hypergradient.linear import LinearSolver, NeumannSeries, Solved, code, largest, top_of
+from theorylab.hypergradient.linear import POWER_STEPS, LinearSolver, NeumannSeries, Solved, Work, code, largest, top_of
 
 Array = jax.Array
 
@@ -21,6 +21,11 @@ Array = jax.Array
 def _step(step_size: Any, at: Any) -> Array:
     """The step, or the inverse of the estimated largest eigenvalue."""
     return 1 / largest(at.product, at.residual) if step_size is None else jnp.asarray(step_size, at.residual.dtype)
+
+
+def _searched(step_size: Any, work: Work) -> Work:
+    """The work, with that of `_step`."""
+    return work.plus(Work(products=POWER_STEPS if step_size is None else 0))
 
 
 class Neumann(Estimator):
@@ -50,8 +55,9 @@ class Neumann(Estimator):
 
     def estimate(self, problem: Any, x: Array, y: Array, *, v0: Array | None = None) -> Hypergradient:
         at = problem.at(x, y)
-        value, adjoint = plain(at, self.system(problem, at))
-        return assemble(at, adjoint, value)
+        system = self.system(problem, at)
+        value, adjoint = plain(at, system)
+        return assemble(at, adjoint, value, work=system.work(adjoint))
 
 
 class JacobianFree(Estimator):
@@ -74,7 +80,7 @@ class JacobianFree(Estimator):
     def estimate(self, problem: Any, x: Array, y: Array, *, v0: Array | None = None) -> Hypergradient:
         at = problem.at(x, y)
         v = jnp.asarray(self.step_size, x.dtype) * at.outer_x
-        return assemble(at, implied(at, v), at.outer_y - at.cross_pullback(v))
+        return assemble(at, implied(at, v), at.outer_y - at.cross_pullback(v), work=Work())
 
 
 def implied(at: Any, v: Array) -> Solved:
@@ -109,13 +115,15 @@ class OneStep(Estimator):
             eta = _step(self.step_size, at)
             after = problem.at(x - eta * at.residual, y)
             v = eta * after.outer_x
-            return assemble(at, implied(at, v)._replace(residual=tree.norm(after.outer_x - at.transposed(v))), after.outer_y - at.cross_pullback(v))
+            adjoint = implied(at, v)._replace(residual=tree.norm(after.outer_x - at.transposed(v)))
+            return assemble(at, adjoint, after.outer_y - at.cross_pullback(v), work=_searched(self.step_size, Work(gradients=1)))
         system = self.system(problem, at)
         newton = system.solve(at.residual)
         after = problem.at(x - newton.value, y)
         w = system.solve(after.outer_x, True, v0)
         mixed = inner_turn(at, w.value, newton.value)[1]
-        return assemble(at, w, after.outer_y - at.cross_pullback(w.value) - mixed, newton.status)
+        value = after.outer_y - at.cross_pullback(w.value) - mixed
+        return assemble(at, w, value, newton.status, work=system.work(newton, w, gradients=1, products=1))
 
 
 class Unrolled(Estimator):
@@ -161,7 +169,8 @@ class Unrolled(Estimator):
         at = problem.at(end, y)
         kept = path if self.window is None else path[-self.window:]
         (_, value, v), _ = lax.scan(backward, (at.outer_x, at.outer_y, jnp.zeros_like(x)), kept, reverse=True)
-        return assemble(at, implied(at, v), value, inner=first.residual)
+        work = _searched(self.step_size, Work(gradients=self.steps, products=len(kept)))
+        return assemble(at, implied(at, v), value, work=work, inner=first.residual)
 
     def explain(self, problem: Any, x: Array, y: Array) -> None:
         top = float(top_of(compiled(linearize, problem, x, y)))

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from theorylab.core import tree
+from theorylab.core import checks, tree
 from theorylab.core.keys import Key
 from theorylab.core.module import choice
 from theorylab.errors import ArgumentError, PrecisionError, ShapeError
-from theorylab.hypergradient.contract import BilevelProblem, Linearization, PyTree, leaf, structure_of
+from theorylab.hypergradient.contract import BilevelProblem, InnerProblem, Linearization, PyTree, leaf, structure_of
 
 Array = jax.Array
 DIAGONAL_BLOCK = 64
@@ -73,8 +73,9 @@ class Bilevel(BilevelProblem):
         inner: the inner energy, `inner(x, y, *args)` -> scalar; None with `residual`.
         outer: the outer objective, `outer(x, y, *args)` -> scalar.
         args: tuple of arrays (or trees of arrays) handed to every function; a new value never recompiles.
-        x: example of x, a tree of float arrays of one precision; inner runs start there.
-        y: example of y; outer runs start there.
+        x: example of x, a tree of float arrays of one precision; inner runs start there. Without it a function that is given x takes its shape
+            from there, an inner run needs `x0`, and an outer run is refused.
+        y: example of y; outer runs start there. Optional like x.
         residual: the root function, `residual(x, y, *args)` -> a tree like x, instead of `inner`.
         symmetric: whether the Jacobian of `residual` in x is known to be symmetric; conjugate gradients and Cholesky need it.
         inner_data: samples of the inner objective, a tree of arrays with a leading axis of samples. `inner` (or `residual`) is then called
@@ -103,7 +104,7 @@ class Bilevel(BilevelProblem):
     residual_function: Callable | None = choice()
     declared_symmetric: bool = choice()
 
-    def __init__(self, inner: Callable | None = None, outer: Callable | None = None, args: tuple = (), *, x: PyTree, y: PyTree,
+    def __init__(self, inner: Callable | None = None, outer: Callable | None = None, args: tuple = (), *, x: PyTree = None, y: PyTree = None,
                  residual: Callable | None = None, symmetric: bool = False, inner_data: PyTree = None, outer_data: PyTree = None):
         if (inner is None) == (residual is None):
             raise ArgumentError("give either inner (an energy) or residual= (a root function), "
@@ -115,19 +116,28 @@ class Bilevel(BilevelProblem):
             raise ArgumentError(f"args must be a tuple, got {type(args).__name__}; write args=(a,) for a single argument")
         if symmetric and inner is not None:
             raise ArgumentError("symmetric is for residual=; an energy is always symmetric")
-        self.x, self.y = _example("x", x, None), None
-        self.y = _example("y", y, jax.tree.leaves(self.x)[0].dtype)
+        self.x = None if x is None else _example("x", x, None)
+        self.y = None if y is None else _example("y", y, None if x is None else jax.tree.leaves(self.x)[0].dtype)
         self.args = tree.check_finite("args", args)
         self.inner_data, self.outer_data = _rows("inner_data", inner_data), _rows("outer_data", outer_data)
         self.inner_function, self.outer_function, self.residual_function = inner, outer, residual
         self.declared_symmetric = bool(symmetric)
-        self._check_functions()
+        if self.x is not None and self.y is not None:
+            self._check_functions()
 
     def replace(self, **changes: Any) -> Bilevel:
         """A copy with some arguments of the constructor changed; every check runs again."""
         same = {"inner": self.inner_function, "outer": self.outer_function, "residual": self.residual_function, "args": self.args, "x": self.x,
                 "y": self.y, "symmetric": self.declared_symmetric, "inner_data": self.inner_data, "outer_data": self.outer_data}
         return Bilevel(**{**same, **changes})
+
+    def shaped(self, x: PyTree = None, y: PyTree = None) -> Bilevel:
+        """The problem with zeros like x and y as examples where it has none."""
+        if (self.x is not None or x is None) and (self.y is not None or y is None):
+            return self
+        zeros = lambda name, value, dtype: jax.tree.map(jnp.zeros_like, _example(name, value, dtype))  # noqa: E731
+        x = zeros("x", x, None if self.y is None else self.dtype) if self.x is None and x is not None else self.x
+        return self.replace(x=x, y=zeros("y", y, None if x is None else jax.tree.leaves(x)[0].dtype) if self.y is None and y is not None else self.y)
 
     def _check_functions(self) -> None:
         """Shapes and precision of what the functions give, without running them."""
@@ -155,11 +165,43 @@ class Bilevel(BilevelProblem):
 
     @property
     def x_structure(self) -> PyTree:
-        return structure_of(self.x)
+        return self._structure("x", self.x)
 
     @property
     def y_structure(self) -> PyTree:
-        return structure_of(self.y)
+        return self._structure("y", self.y)
+
+    def _structure(self, name: str, example: PyTree) -> PyTree:
+        if example is None:
+            raise ArgumentError(f"{name} has no known shape: pass {name}= (an example of it) to Bilevel")
+        return structure_of(example)
+
+    @property
+    def dense(self) -> bool:
+        return self.x is None or super().dense
+
+    @property
+    def dtype(self) -> Any:
+        known = jax.tree.leaves((self.x, self.y))
+        return known[0].dtype if known else jnp.result_type(float)
+
+    # Without an example a vector is what the functions are given.
+
+    def pack_x(self, x: PyTree) -> Array:
+        return _vector("x", x) if self.x is None else super().pack_x(x)
+
+    def pack_y(self, y: PyTree) -> Array:
+        return _vector("y", y) if self.y is None else super().pack_y(y)
+
+    def unpack_x(self, x: Array) -> PyTree:
+        return x if self.x is None else super().unpack_x(x)
+
+    def unpack_y(self, y: Array) -> PyTree:
+        return y if self.y is None else super().unpack_y(y)
+
+    def inner(self, y: PyTree) -> InnerProblem:
+        shaped = self.shaped(y=y)
+        return InnerProblem(shaped, shaped.pack_y(y))
 
     @property
     def has_energy(self) -> bool:
@@ -184,9 +226,11 @@ class Bilevel(BilevelProblem):
         return self._call(self.outer_function, self.outer_data, self.unpack_x(x), self.unpack_y(y))
 
     def start(self, key: Key) -> PyTree:
+        self._structure("y", self.y)
         return self.y
 
     def start_x(self, y: Array) -> Array:
+        self._structure("x", self.x)
         return jnp.concatenate([part.reshape(-1) for part in jax.tree.leaves(self.x)])
 
     @property
@@ -212,9 +256,16 @@ def _example(name: str, value: PyTree, dtype: Any) -> PyTree:
     if not paths:
         raise ShapeError(f"{name} must hold at least one array, got {value!r}")
     if dtype is None:
-        floats = [a.dtype for _, a in paths if eqx.is_inexact_array_like(a) and hasattr(a, "dtype")]
+        floats = [a.dtype for _, a in paths if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.inexact)]
         dtype = jnp.dtype(floats[0]) if floats and jnp.dtype(floats[0]).kind == "f" else jnp.result_type(float)
     return jax.tree_util.tree_map_with_path(lambda path, a: leaf(name + jax.tree_util.keystr(path), a, None, dtype), value)
+
+
+def _vector(name: str, value: Any) -> Array:
+    value = checks.array(name, value)
+    if value.ndim != 1:
+        raise ShapeError(f"{name} must be a vector, got shape {value.shape}; pass {name}= (an example of it) to Bilevel for anything else")
+    return value
 
 
 def _rows(name: str, data: PyTree) -> PyTree:

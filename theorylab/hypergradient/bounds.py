@@ -22,7 +22,7 @@ from theorylab.core import checks, tree
 from theorylab.errors import ArgumentError
 from theorylab.hypergradient.contract import gram
 from theorylab.hypergradient.estimators import Estimator, Hypergradient, as_estimator, compiled, flat_point
-from theorylab.hypergradient.linear import Cholesky
+from theorylab.hypergradient.linear import Cholesky, Work
 from theorylab.hypergradient.losses import Logistic, Softmax, Squares
 from theorylab.hypergradient.selection import Selection
 
@@ -73,10 +73,11 @@ ENVELOPES: dict[Any, _Envelope] = {
 
 
 class Ball(NamedTuple):
-    """A ball around x that holds the inner solution, and a constant of strong convexity of the inner energy on it."""
+    """A ball around x that holds the inner solution, a constant of strong convexity of the energy on it, and the eigenvalue problems it took."""
 
     radius: Array
     convexity: Array
+    refinements: Array
 
 
 def ball(problem: Selection, at: Any) -> Ball:
@@ -95,17 +96,17 @@ def ball(problem: Selection, at: Any) -> Ball:
     rate = ENVELOPES[problem.loss].concordance * jnp.max(rows)
 
     def refine(loop: tuple[Ball, Array, Array]) -> tuple[Ball, Array, Array]:
-        (radius, _), _, steps = loop
+        (radius, *_), _, steps = loop
         mu = jnp.linalg.eigvalsh(jnp.exp(-rate * radius) * curvature + jnp.diag(penalties))[0]
         mu = jnp.maximum(mu, jnp.min(penalties))
-        return Ball(left / mu, mu), radius, steps + 1
+        return Ball(left / mu, mu, steps + 1), radius, steps + 1
 
     def unsettled(loop: tuple[Ball, Array, Array]) -> Array:
         found, before, steps = loop
         return (found.radius < SETTLED * before) & (steps < REFINEMENTS)
 
-    first = Ball(left / jnp.min(penalties), jnp.min(penalties))
-    start = (first, jnp.full_like(left, jnp.inf), jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    start = (Ball(left / jnp.min(penalties), jnp.min(penalties), zero), jnp.full_like(left, jnp.inf), zero)
     return lax.while_loop(unsettled, refine, start)[0]
 
 
@@ -114,13 +115,13 @@ def _height(at: Any) -> Array:
     return jnp.max(jnp.sum(jnp.abs(at.matrix()), axis=1))
 
 
-def _anchored(problem: Selection, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The plain formula at x, a bound on its error, and the Newton point."""
+def _anchored(problem: Selection, x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
+    """The plain formula at x, a bound on its error, the Newton point, and the number of factorizations and eigenvalue problems."""
     at = problem.at(x, y)
     system = Cholesky().factor(at, True)
     adjoint = system.solve(at.outer_x, True)
     value = at.outer_y - at.cross_pullback(adjoint.value)
-    radius, mu = ball(problem, at)
+    radius, mu, refinements = ball(problem, at)
 
     A, shape = problem.A, problem.shape
     size = lambda z: jnp.linalg.norm(z.reshape(len(z), -1), axis=1)  # noqa: E731
@@ -134,19 +135,22 @@ def _anchored(problem: Selection, x: Array, y: Array) -> tuple[Array, Array, Arr
     # Round-off of the adjoint solve beyond its residual, and of the last products.
     rounding = _height(at) / mu * (tree.norm(at.outer_y) + jnp.max(D * size(X)) * tree.norm(adjoint.value))
     bound = bound + ROUNDING_UNITS * float(jnp.finfo(x.dtype).eps) * rounding
-    return value, bound, x - system.solve(at.residual).value
+    return value, bound, x - system.solve(at.residual).value, refinements + 2
 
 
-def error_bound(problem: Selection, x: Array, y: Array, value: Array, kind: str = "sharp") -> Array:
-    r"""A bound on $\lVert g - \nabla L(y)\rVert$ for any estimate g = `value`, from flat x and y; see `certificate`. Pure."""
+def error_bound(problem: Selection, x: Array, y: Array, value: Array, kind: str = "sharp") -> tuple[Array, Work]:
+    r"""A bound on $\lVert g - \nabla L(y)\rVert$ for any estimate g = `value`, from flat x and y, and its cost; see `certificate`. Pure."""
 
-    def anchor(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        z, best = carry
-        plain, bound, newton = _anchored(problem, z, y)
+    def anchor(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        z, best, count = carry
+        plain, bound, newton, factorizations = _anchored(problem, z, y)
         bound = tree.norm(value - plain) + bound
-        return newton, jnp.where(bound < best, bound, best)  # a Newton step that went astray gives NaN or a large number
+        return newton, jnp.where(bound < best, bound, best), count + factorizations  # a Newton step astray gives NaN or a large number
 
-    return lax.fori_loop(0, 2 if kind == "sharp" else 1, anchor, (x, jnp.full((), jnp.inf, x.dtype)))[1]
+    anchors = 2 if kind == "sharp" else 1
+    start = (x, jnp.full((), jnp.inf, x.dtype), jnp.zeros((), jnp.int32))
+    _, bound, factorizations = lax.fori_loop(0, anchors, anchor, start)
+    return bound, Work(anchors - 1, 0, factorizations)
 
 
 def check_certifiable(problem: Any) -> None:
@@ -162,7 +166,8 @@ def check_certifiable(problem: Any) -> None:
 
 def _certified(estimator: Estimator, problem: Selection, x: Array, y: Array, kind: str) -> Hypergradient:
     found = estimator.estimate(problem, x, y)
-    return found._replace(error_bound=error_bound(problem, x, y, found.value, kind))
+    bound, work = error_bound(problem, x, y, found.value, kind)
+    return found._replace(error_bound=bound, work=found.work.plus(work))
 
 
 def certificate(problem: Any, x: Any, y: Any, estimator: Estimator | None = None, kind: str = "sharp") -> Hypergradient:
@@ -202,7 +207,7 @@ def certificate(problem: Any, x: Any, y: Any, estimator: Estimator | None = None
         (True, True)
     """
     estimator = as_estimator(estimator)
-    flat_x, flat_y = flat_point(problem, x, y)
+    problem, flat_x, flat_y = flat_point(problem, x, y)
     check_certifiable(problem)
     checks.among("kind", kind, KINDS)
     if not tree.is_traced(problem, flat_x, flat_y, estimator):

@@ -25,6 +25,7 @@ Array = jax.Array
 PyTree = Any
 DENSE_INNER = 500
 TALL_BYTES = 12 * 2**20
+WIDE = 128
 
 
 def pull(A: Array, u: Array) -> Array:
@@ -46,8 +47,14 @@ def pull(A: Array, u: Array) -> Array:
 
 def gram(A: Array, weight: Array | None = None) -> Array:
     """`A.T @ diag(weight) @ A` with weights that are not negative; ones if None."""
-    Z = A if weight is None else A * jnp.sqrt(weight)[:, None]
-    return Z.T @ Z
+    tall = A.size * A.dtype.itemsize >= TALL_BYTES
+    scaled = A if weight is None else A * (jnp.sqrt(weight) if tall else weight)[:, None]
+    other = scaled if tall else A  # an A without weights is shared by a batch of weights, whose products are then a single one
+    if A.shape[1] < WIDE or jax.default_backend() != "cpu":
+        return scaled.T @ other
+    half = A.shape[1] // 2  # a processor gains from leaving out one of the two equal blocks
+    corner = scaled[:, :half].T @ other[:, half:]
+    return jnp.block([[scaled[:, :half].T @ other[:, :half], corner], [corner.T, scaled[:, half:].T @ other[:, half:]]])
 
 
 class Linearization(Module):
@@ -134,6 +141,11 @@ class BilevelProblem(Problem):
         return _entries(self.y_structure)
 
     @property
+    def dense(self) -> bool:
+        """Whether x is small enough for a dense factorization in each inner step."""
+        return self.n <= DENSE_INNER
+
+    @property
     def dtype(self) -> Any:
         """Precision of x, y and all oracles."""
         return jax.tree.leaves(self.x_structure)[0].dtype
@@ -151,6 +163,10 @@ class BilevelProblem(Problem):
     def pack_y(self, y: PyTree) -> Array:
         """The tree y (or a vector packed already) as a vector of shape (m,); raises as `pack_x`."""
         return _pack("y", y, self.y_structure, self.dtype)
+
+    def shaped(self, x: PyTree = None, y: PyTree = None) -> BilevelProblem:
+        """The problem, with its shapes taken from x and y where it does not know them."""
+        return self
 
     def unpack_x(self, x: Array) -> PyTree:
         """The vector x, shape (n,), as the tree of the user."""
@@ -204,6 +220,15 @@ class BilevelProblem(Problem):
     def exact(self, y: Array) -> Array | None:
         """$x^*(y)$ where a closed form is known, else None."""
         return None
+
+    def solution(self) -> Array | None:
+        """The minimizer of L where it is known in closed form, shape (m,), else None."""
+        return None
+
+    def error(self, y: Array) -> dict[str, Array]:
+        """The metric `error` of outer runs, the distance of y to the solution, where that is known."""
+        solution = self.solution()
+        return {} if solution is None else {"error": tree.norm(y - solution)}
 
     def curvature(self, y: Array) -> tuple[Array, Array]:
         """Constants of strong convexity and of smoothness of the inner energy, valid at every x.
@@ -296,19 +321,20 @@ class InnerProblem(Problem):
         """Constants of strong convexity and of smoothness; raises `NoClosedFormError` where they are not known."""
         return self.problem.curvature(self.y)
 
-    def measured(self, merit: Array, F: Array) -> dict[str, Array]:
-        """The metrics from values that a method holds already."""
-        residual = {"residual": tree.norm(F)}
-        return {"objective": merit, **residual} if self.has_energy else residual
+    def measured(self, x: Array, merit: Array, F: Array) -> dict[str, Array]:
+        """The metrics from values that a method holds already; `error`, the distance to the solution, where that is known and n at most 500."""
+        exact = self.problem.exact(self.y) if self.problem.dense else None
+        found = {"residual": tree.norm(F), **({} if exact is None else {"error": tree.norm(x - exact)})}
+        return {"objective": merit, **found} if self.has_energy else found
 
     def metrics(self, x: Array) -> dict[str, Array]:
-        return self.measured(*self.evaluate(x))
+        return self.measured(x, *self.evaluate(x))
 
     def default_method(self) -> Any:
         from theorylab.hypergradient.inner import Newton
         from theorylab.hypergradient.quasi_newton import LBFGS
 
-        return Newton() if self.n <= DENSE_INNER or not self.has_energy else LBFGS()
+        return Newton() if self.problem.dense or not self.has_energy else LBFGS()
 
 
 # ------------------------------------------------------------------------------------------------------------------ packing

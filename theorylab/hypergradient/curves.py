@@ -13,6 +13,7 @@ from jax import lax
 from theorylab.core import checks, tree
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.hypergradient.analysis import predicted
+from theorylab.hypergradient.contract import BilevelProblem
 from theorylab.hypergradient.estimators import Estimator, Plain, as_estimator, compiled, flat_point
 from theorylab.hypergradient.inner import reference
 from theorylab.lab.rates import fit_rate
@@ -75,7 +76,7 @@ def error_curve(problem: Any, path: Any, y: Any, estimator: Estimator | Mapping[
         >>> [round(tl.fit_rate(c.inner, c.outer).slope) for c in curves.values()]
         [1, 2]
     """
-    path, flat_y, chosen, x = _measured_on(problem, path, y, estimator, solution)
+    problem, path, flat_y, chosen, x = _measured_on(problem, path, y, estimator, solution)
     curves = {name: compiled(_errors, how, problem, path, flat_y, x)[0] for name, how in chosen.items()}
     return curves if isinstance(estimator, Mapping) else curves[""]
 
@@ -84,13 +85,13 @@ def _solution(problem: Any, y: Array, near: Any) -> Array:
     return problem.pack_x(reference(problem, y, near))
 
 
-def _measured_on(problem: Any, path: Any, y: Any, estimator: Any, solution: Any) -> tuple[Array, Array, dict[str, Estimator], Array]:
+def _measured_on(problem: Any, path: Any, y: Any, estimator: Any, solution: Any) -> tuple[Any, Array, Array, dict[str, Estimator], Array]:
     chosen = {name: as_estimator(how) for name, how in estimator.items()} if isinstance(estimator, Mapping) else {"": as_estimator(estimator)}
     path = checks.array("path", path)
     if path.ndim != 2:
         raise ShapeError(f"path must have shape (K, n), one iterate in each row, got {path.shape}")
-    _, flat_y = flat_point(problem, path[0], y)
-    return path, flat_y, chosen, _solution(problem, flat_y, path[-1] if solution is None else solution)
+    problem, _, flat_y = flat_point(problem, path[0], y)
+    return problem, path, flat_y, chosen, _solution(problem, flat_y, path[-1] if solution is None else solution)
 
 
 class Order(NamedTuple):
@@ -144,7 +145,9 @@ def check_super_efficiency(estimator: Estimator, problem: Any, y: Any, *, soluti
     t = np.asarray(distances, float)
     if t.ndim != 1 or t.size < 2 or not (t > 0).all():
         raise ArgumentError(f"distances must be at least two positive numbers, got {distances!r}")
-    _, flat_y = flat_point(problem, jnp.zeros(problem.n, problem.dtype), y)
+    if isinstance(problem, BilevelProblem):
+        problem = problem.shaped(direction if solution is None else solution, y)
+    problem, _, flat_y = flat_point(problem, jnp.zeros(problem.n, problem.dtype), y)
     d = jax.random.normal(jax.random.key(0), (problem.n,), problem.dtype) if direction is None else problem.pack_x(direction)
     if not float(tree.norm(d)) > 0:
         raise ArgumentError("direction must not be 0")

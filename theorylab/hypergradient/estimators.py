@@ -19,7 +19,7 @@ from theorylab.core.module import Module, size
 from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError, NotConvergedError, ShapeError
 from theorylab.hypergradient.contract import BilevelProblem
-from theorylab.hypergradient.linear import LinearSolver, Solved, System, measured, solver, worst
+from theorylab.hypergradient.linear import LinearSolver, Solved, System, Work, measured, solver, worst
 
 Array = jax.Array
 PRECONDITIONERS = ("jacobi", "newton")
@@ -39,6 +39,7 @@ class Hypergradient(NamedTuple):
         status: COMPLETED, or the worst status of the linear solves.
         adjoint: v, like x; start of the next adjoint solve.
         correction: e, like y: its entries are error bars of the plain formula for each hyper-parameter; zero where the estimator has none.
+        work: gradients, products and factorizations that the estimate took.
     """
 
     value: Any
@@ -49,6 +50,7 @@ class Hypergradient(NamedTuple):
     status: Array
     adjoint: Any
     correction: Any
+    work: Work
 
 
 class Estimator(Module):
@@ -80,12 +82,13 @@ class Estimator(Module):
         return self.solver(problem, at.residual).factor(at, problem.symmetric)
 
 
-def assemble(at: Any, adjoint: Solved, value: Array, *statuses: Any, correction: Array | None = None, inner: Array | None = None) -> Hypergradient:
+def assemble(at: Any, adjoint: Solved, value: Array, *statuses: Any, work: Work, correction: Array | None = None,
+             inner: Array | None = None) -> Hypergradient:
     """The result from its parts; `inner` is the residual vector F at the given x where `at` is another point."""
     estimate = None if correction is None else tree.norm(correction)
     status = worst(adjoint.status, measured(value), *statuses)
     return Hypergradient(value, estimate, None, tree.norm(at.residual if inner is None else inner), adjoint.residual, status, adjoint.value,
-                         jnp.zeros_like(value) if correction is None else correction)
+                         jnp.zeros_like(value) if correction is None else correction, work.plus())
 
 
 def plain(at: Any, system: System, v0: Array | None = None) -> tuple[Array, Solved]:
@@ -124,8 +127,9 @@ class Plain(Estimator):
 
     def estimate(self, problem: Any, x: Array, y: Array, *, v0: Array | None = None) -> Hypergradient:
         at = problem.at(x, y)
-        value, adjoint = plain(at, self.system(problem, at), v0)
-        return assemble(at, adjoint, value)
+        system = self.system(problem, at)
+        value, adjoint = plain(at, system, v0)
+        return assemble(at, adjoint, value, work=system.work(adjoint))
 
 
 class OnePoint(Estimator):
@@ -151,7 +155,8 @@ class OnePoint(Estimator):
         value, adjoint = plain(at, system, v0)
         newton = system.solve(at.residual)
         error, q = turned(at, system, at.turn(adjoint.value, newton.value))
-        return assemble(at, adjoint, value - error, newton.status, q.status, correction=error)
+        work = system.work(adjoint, newton, q, products=1)
+        return assemble(at, adjoint, value - error, newton.status, q.status, work=work, correction=error)
 
 
 def _as_array(P: Any) -> Any:
@@ -165,7 +170,8 @@ class Preconditioned(Estimator):
 
     Args:
         preconditioner: P as `"jacobi"` (the diagonal of F_1), `"newton"` (F_1 itself, by `linear`), a vector (a diagonal), a matrix, a `Factored`, a
-            linear solver (`CG(max_steps=k)` gives k steps of conjugate gradients), or a function (at, r) -> $P^{-1} r$.
+            linear solver (`CG(max_steps=k)` gives k steps of conjugate gradients), or a function (at, r) -> $P^{-1} r$ (with an attribute
+            `products` if it is to count in the work).
         steps: k.
         linear: solver of the adjoint system.
 
@@ -195,26 +201,41 @@ class Preconditioned(Estimator):
         if isinstance(P, jax.Array) and P.shape not in ((x.size,), (x.size, x.size)):
             raise ShapeError(f"preconditioner must have shape ({x.size},) or ({x.size}, {x.size}) to match x, got {P.shape}")
 
-    def _inverse(self, problem: Any, at: Any) -> Callable[[Array], Array]:
+    def _inverse(self, problem: Any, at: Any) -> tuple[Callable[[Array], tuple[Array, Any]], Work]:
+        """The map r -> (P^{-1} r, products), and what it took to make it."""
         P: Any = self.preconditioner
         if isinstance(P, str) and P == "jacobi":
-            return lambda r: r / at.diagonal()
+            return lambda r: (r / at.diagonal(), 0), Work()
         if isinstance(P, (str, LinearSolver)):
             system = self.system(problem, at) if isinstance(P, str) else P.factor(at, problem.symmetric)
-            return lambda r: system.solve(r).value
+
+            def solved(r: Array) -> tuple[Array, Any]:
+                end = system.solve(r)
+                return end.value, end.steps
+
+            return solved, system.setup
         if isinstance(P, (Factored, jax.Array)):
-            return (P if isinstance(P, Factored) else Factored.of(P)).solve
-        return lambda r: P(at, r)
+            given = P if isinstance(P, Factored) else Factored.of(P)
+            return lambda r: (given.solve(r), 0), Work(factorizations=int(P is not given and given.kind != "diagonal"))
+        return lambda r: (P(at, r), getattr(P, "products", 0)), Work()
 
     def estimate(self, problem: Any, x: Array, y: Array, *, v0: Array | None = None) -> Hypergradient:
         start = problem.at(x, y)
-        inverse = self._inverse(problem, start)
-        moved = x - inverse(start.residual)
+        inverse, made = self._inverse(problem, start)
+
+        def correct(x: Array, F: Array) -> tuple[Array, Array]:
+            d, products = inverse(F)
+            return x - d, jnp.asarray(products, jnp.int32)
+
+        moved, products = correct(x, start.residual)
         if self.steps > 1:
-            moved = lax.scan(lambda x, _: (x - inverse(problem.at(x, y).residual), None), moved, None, length=self.steps - 1)[0]
+            moved, more = lax.scan(lambda x, _: correct(x, problem.at(x, y).residual), moved, None, length=self.steps - 1)
+            products = products + jnp.sum(more, dtype=jnp.int32)
         at = problem.at(moved, y)
-        value, adjoint = plain(at, self.system(problem, at), v0)
-        return assemble(at, adjoint, value, inner=start.residual)
+        system = self.system(problem, at)
+        value, adjoint = plain(at, system, v0)
+        work = system.work(adjoint, gradients=self.steps).plus(made, Work(products=products))
+        return assemble(at, adjoint, value, work=work, inner=start.residual)
 
 
 class NewtonPoint(Estimator):
@@ -259,7 +280,8 @@ class Polish(Estimator):
         after = problem.at(x - newton.value, y)
         w = system.solve(after.outer_x, True, v0)
         error, q = turned(at, system, inner_turn(at, w.value, newton.value))
-        return assemble(at, w, after.outer_y - at.cross_pullback(w.value) - error, newton.status, q.status)
+        work = system.work(newton, w, q, gradients=1, products=1)
+        return assemble(at, w, after.outer_y - at.cross_pullback(w.value) - error, newton.status, q.status, work=work)
 
 
 @partial(jax.jit, static_argnames=("function", "static"))
@@ -303,8 +325,8 @@ def as_estimator(estimator: Any) -> Estimator:
     return estimator
 
 
-def flat_point(problem: Any, x: Any, y: Any) -> tuple[Array, Array]:
-    """The points x and y as flat finite arrays.
+def flat_point(problem: Any, x: Any, y: Any) -> tuple[Any, Array, Array]:
+    """The problem, its shapes known, and the points x and y as flat finite arrays.
 
     Raises:
         ArgumentError: not a bilevel problem.
@@ -313,7 +335,8 @@ def flat_point(problem: Any, x: Any, y: Any) -> tuple[Array, Array]:
     """
     if not isinstance(problem, BilevelProblem):
         raise ArgumentError(f"problem must be a bilevel problem such as Bilevel(...), got {type(problem).__name__}")
-    return problem.pack_x(x), problem.pack_y(y)
+    problem = problem.shaped(x, y)
+    return problem, problem.pack_x(x), problem.pack_y(y)
 
 
 def hypergradient(problem: Any, x: Any, y: Any, estimator: Estimator | None = None, *, v0: Any = None, strict: bool = False) -> Hypergradient:
@@ -347,7 +370,7 @@ def hypergradient(problem: Any, x: Any, y: Any, estimator: Estimator | None = No
         [1.0, 1.0]
     """
     estimator = as_estimator(estimator)
-    flat_x, flat_y = flat_point(problem, x, y)
+    problem, flat_x, flat_y = flat_point(problem, x, y)
     start = None if v0 is None else problem.pack_x(v0)
     eager = not tree.is_traced(problem, flat_x, flat_y, start, estimator)
     if eager:

@@ -10,8 +10,11 @@ import jax.scipy.linalg as jsl
 from jax import lax
 
 from theorylab.core import tree
-from theorylab.core.module import choice, number
+from theorylab.core.keys import stream
+from theorylab.core.module import choice, number, size
 from theorylab.core.problem import Method
+from theorylab.core.sample import minibatch
+from theorylab.core.schedule import at as at_step
 from theorylab.errors import ArgumentError, NotConvergedError
 from theorylab.hypergradient.contract import BilevelProblem, InnerProblem, PyTree
 
@@ -55,7 +58,7 @@ class InnerMethod(Method):
         return state.x
 
     def measure(self, problem: Any, state: Any) -> dict[str, Array]:
-        return problem.measured(state.merit, state.F)
+        return problem.measured(state.x, state.merit, state.F)
 
     def metrics(self, problem: Any, state: Any) -> dict[str, Array]:
         return {"gradients": state.gradients}
@@ -90,8 +93,8 @@ class GradientDescent(InnerMethod):
     r"""Gradient descent $x \leftarrow x - \eta F(x, y)$.
 
     Args:
-        step_size: $\eta$. None: $\eta$ starts at 1 and is halved while the energy rises; the halved step is kept for all later iterations (the
-            rule of the official code for logistic regression; for ridge it takes the constant $1.8/\lambda_{\max}(F_1)$).
+        step_size: $\eta$, a number or a schedule. None: $\eta$ starts at 1 and is halved while the energy rises; the halved step is kept for all
+            later iterations (the rule of the official code for logistic regression; for ridge it takes the constant $1.8/\lambda_{\max}(F_1)$).
 
     Raises:
         ArgumentError: no step size for a root problem.
@@ -112,14 +115,15 @@ class GradientDescent(InnerMethod):
         return self.step_size is None
 
     def init(self, problem: Any, x0: Any, *, key: Array) -> _Point:
-        return begin(problem, x0, 1.0 if self.step_size is None else self.step_size)
+        return begin(problem, x0, 1.0 if self.step_size is None else at_step(self.step_size, jnp.zeros((), jnp.int32)))
 
     def step(self, problem: Any, state: _Point, *, key: Array) -> _Point:
         if self.step_size is None:
             return _descend(problem, state, state.F, state.size)
-        x = state.x - self.step_size * state.F
+        size = jnp.asarray(at_step(self.step_size, state.gradients - 1), state.x.dtype)
+        x = state.x - size * state.F
         merit, F = problem.evaluate(x)
-        return _Point(x, merit, F, state.size, state.gradients + 1)
+        return _Point(x, merit, F, size, state.gradients + 1)
 
     def metrics(self, problem: Any, state: _Point) -> dict[str, Array]:
         return {"gradients": state.gradients, "step_size": state.size}
@@ -177,6 +181,54 @@ class AcceleratedGradient(Method):
 
     def cost(self, problem: Any) -> dict[str, float]:
         return {"gradients": 1.0}
+
+
+class _Sampled(NamedTuple):
+    x: Array
+    step: Array
+    key: Array
+
+
+class StochasticGradient(Method):
+    r"""Stochastic gradient descent on minibatches of the inner samples, each row once in a pass.
+
+    Args:
+        step_size: a number or a schedule.
+        batch_size: rows of a batch.
+
+    Raises:
+        ArgumentError: a problem that is not a mean over samples, or has fewer than `batch_size`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> problem = hg.simulated(0, dim_inner=4, dim_outer=2, samples=64)
+        >>> sol = tl.iterate(problem.inner(jnp.ones(2)), hg.StochasticGradient(0.1, 16), steps=200, every=200)
+        >>> bool(sol.history["error"][-1] < 0.3 * sol.history["error"][0])
+        True
+    """
+
+    step_size: Any = number(0.1, above=0.0)
+    batch_size: int = size(64)
+
+    def check(self, problem: Any, x0: Any) -> None:
+        starting_point(problem, x0)
+        rows = problem.problem.samples[0]
+        if self.batch_size > rows:
+            raise ArgumentError(f"batch_size must be at most the {rows} samples of the inner objective, got {self.batch_size}")
+
+    def init(self, problem: Any, x0: Any, *, key: Array) -> _Sampled:
+        return _Sampled(starting_point(problem, x0), jnp.zeros((), jnp.int32), key)
+
+    def step(self, problem: Any, state: _Sampled, *, key: Array) -> _Sampled:
+        rows = minibatch(stream(state.key, "inner rows"), problem.problem.samples[0], self.batch_size, state.step)
+        slope = problem.problem.inner_batch(rows).residual(state.x, problem.y)
+        return _Sampled(state.x - at_step(self.step_size, state.step) * slope, state.step + 1, state.key)
+
+    def value(self, problem: Any, state: _Sampled) -> Array:
+        return state.x
+
+    def cost(self, problem: Any) -> dict[str, float]:
+        return {"samples": float(self.batch_size)}
 
 
 class _NewtonPoint(NamedTuple):
@@ -262,6 +314,7 @@ def reference(problem: BilevelProblem, y: PyTree, x0: PyTree = None) -> PyTree:
     """
     if not isinstance(problem, BilevelProblem):
         raise ArgumentError(f"problem must be a bilevel problem, got {type(problem).__name__}")
+    problem = problem.shaped(x0, y)
     flat = problem.pack_y(y)
     x, last, residual = _reference(problem, flat, problem.start_x(flat) if x0 is None else problem.pack_x(x0))
     if not tree.is_traced(x):

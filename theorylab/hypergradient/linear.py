@@ -49,6 +49,25 @@ class Solved(NamedTuple):
         return (self.status == Status.CONVERGED) | (self.status == Status.COMPLETED)
 
 
+class Work(NamedTuple):
+    """What something cost: evaluations of F beyond those at the given point; products with F_1, its transpose or its directional derivative;
+    dense factorizations, eigenvalue problems included.
+    """
+
+    gradients: Any = 0
+    products: Any = 0
+    factorizations: Any = 0
+
+    def plus(self, *others: Work) -> Work:
+        """The sum, as int32 arrays.
+
+        Example:
+            >>> Work(1).plus(Work(products=3), Work(1, 2)).products.item()
+            5
+        """
+        return Work(*(sum((jnp.asarray(part, jnp.int32) for part in parts), jnp.int32(0)) for parts in zip(self, *others, strict=True)))
+
+
 def code(status: Status) -> Array:
     """A status as an integer array."""
     return jnp.asarray(int(status), jnp.int32)
@@ -101,8 +120,25 @@ def top_of(at: Any) -> Array:
     return largest(at.product, at.residual)
 
 
+def _check_definite(at: Any) -> None:
+    try:
+        checks.definite(NAME, _matrix(at))
+    except MatrixError as error:
+        raise MatrixError(f"{error}; or pass linear=LU()") from None
+
+
 class System(Module):
-    """A factored or an iterated system at one linearization."""
+    """A factored or an iterated system at one linearization.
+
+    Attributes:
+        setup: what it took before the first right-hand side.
+    """
+
+    setup: ClassVar[Work] = Work()
+
+    def work(self, *solves: Solved, gradients: int = 0, products: int = 0) -> Work:
+        """What the system, solves with it, and other evaluations cost."""
+        return self.setup.plus(Work(gradients, sum((one.steps for one in solves), products)))
 
     def solve(self, b: Array, transpose: bool = False, x0: Array | None = None) -> Solved:
         """The solution of A x = b, or with `transpose` of A' x = b.
@@ -144,6 +180,7 @@ class LinearSolver(Module):
 
 class _Dense(System):
     factored: Factored
+    setup: ClassVar[Work] = Work(factorizations=1)
 
     def solve(self, b: Array, transpose: bool = False, x0: Array | None = None) -> Solved:
         solve, matrix, general = self.factored.solve, self.factored.matrix, self.factored.kind == "lu"
@@ -174,10 +211,7 @@ class Cholesky(LinearSolver):
         return _Dense(Factored.of(at.matrix(), "cholesky"))
 
     def diagnose(self, at: Any) -> None:
-        try:
-            checks.definite(NAME, _matrix(at))
-        except MatrixError as error:
-            raise MatrixError(f"{error}; or pass linear=LU()") from None
+        _check_definite(at)
 
 
 class LU(LinearSolver):
@@ -247,7 +281,7 @@ class CG(LinearSolver):
 
     def diagnose(self, at: Any) -> None:
         if at.residual.shape[0] <= DENSE_UP_TO:
-            checks.definite(NAME, _matrix(at))
+            _check_definite(at)
 
 
 class _Krylov(System):
@@ -297,6 +331,7 @@ class _Series(System):
     terms: int = size()
     step_size: Any = None
     valid: Any = None
+    setup: ClassVar[Work] = Work(products=POWER_STEPS)
 
     def solve(self, b: Array, transpose: bool = False, x0: Array | None = None) -> Solved:
         apply, eta = self.at.transposed if transpose else self.at.product, self.step_size

@@ -1,4 +1,4 @@
-r"""Stochastic bilevel methods with inner loops or Neumann series (AmIGO, StocBiO, BSA, TTSA, MRBO, SUSTAIN).
+r"""Stochastic bilevel methods with inner loops or Neumann series (AmIGO, StocBiO, BSA, TTSA, MRBO, SUSTAIN, VRBO).
 
 Updates and default numbers are those of the public benchmark benchopt/benchmark_bilevel; here v solves $H v = G_1$. The single-loop methods and
 what all share are in `stochastic`.
@@ -14,7 +14,7 @@ from jax import lax
 
 from theorylab.core.keys import step_key, stream
 from theorylab.core.module import number, size
-from theorylab.hypergradient.stochastic import StochasticMethod, StochasticState
+from theorylab.hypergradient.stochastic import PeriodicMethod, StochasticMethod, StochasticState
 
 Array = jax.Array
 
@@ -247,3 +247,74 @@ class SUSTAIN(MRBO):
 
     def adjoint(self, product: Any, right: Array, rate: Array, state: StochasticState) -> Array:
         return truncated(product, right, rate, self.terms, step_key(stream(state.key, "terms"), state.step))
+
+
+class VRBO(PeriodicMethod):
+    r"""Variance-reduced bilevel optimizer (Yang, Ji and Liang, 2021): SARAH differences inside each step of y.
+
+    All rows give the directions of x and of y at the start of each period. A step moves y along its direction, then takes `inner_steps` steps
+    of x; before each of them the difference of a minibatch at the new and at the last point is added to both directions, that of y with the
+    Neumann series of `StocBiO` over the same rows. Constant step sizes. (The benchmark leaves the move of y out of the differences, so that its
+    directions drift until all rows are used again; here they do not, as in the paper.)
+
+    Args:
+        step_size, outer_ratio, batch_size: as in `SOBA`.
+        period_fraction: length of a period in passes over both data sets.
+        inner_steps: steps of x for each step of y.
+        terms: K, one less than the number of terms of the series.
+
+    Raises:
+        ArgumentError: as in `SOBA`.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> method = VRBO(0.1, batch_size=32)
+        >>> method.inner_batches, method.outer_batches
+        (110, 10)
+    """
+
+    inner_steps: int = size(10)
+    terms: int = size(10, low=0)
+
+    @property
+    def inner_batches(self) -> int:  # type: ignore[override]
+        """Inner batches of one step: for each step of x one for the gradients, the others for the series."""
+        return self.inner_steps * (1 + self.terms)
+
+    @property
+    def outer_batches(self) -> int:  # type: ignore[override]
+        """Outer batches of one step."""
+        return self.inner_steps
+
+    def remember(self, problem: Any, state: StochasticState) -> Any:
+        return (state.x, state.y), (jnp.zeros_like(state.x), jnp.zeros_like(state.y)), jnp.zeros((), jnp.result_type(int))
+
+    def move(self, problem: Any, state: StochasticState, inner: Array, outer: Array) -> StochasticState:
+        eta, rate, gamma = self.rates(state)
+        last, before, seen = state.memory
+
+        def directions(batch: Any, product: Any, x: Array, y: Array) -> tuple[Array, Array]:
+            at = batch.at(x, y)
+            v = neumann(lambda j, p: product(j, x, y, p), at.outer_x, rate, self.terms)
+            return at.residual, at.outer_y - at.cross_pullback(v)
+
+        def whole() -> Any:
+            here = (state.x, state.y)
+            return here, directions(problem, lambda j, x, y, p: problem.at(x, y).product(p), *here)
+
+        fresh = state.step % self.period(problem) == 0
+        last, found = lax.cond(fresh, whole, lambda: (last, before))
+        y = state.y - gamma * found[1]
+        rows = inner.reshape(self.inner_steps, 1 + self.terms, -1)
+
+        def advance(k: Array, carry: tuple[Array, Any, tuple[Array, Array]]) -> tuple[Array, Any, tuple[Array, Array]]:
+            x, old, now = carry
+            batch = problem.inner_batch(rows[k, 0]).outer_batch(outer[k])
+            both = jax.vmap(lambda x, y: directions(batch, lambda j, x, y, p: problem.inner_batch(rows[k, 1 + j]).at(x, y).product(p), x, y))
+            changes = both(jnp.stack([x, old[0]]), jnp.stack([y, old[1]]))
+            now = (now[0] + changes[0][0] - changes[0][1], now[1] + changes[1][0] - changes[1][1])
+            return x - eta * now[0], (x, y), now
+
+        x, last, found = lax.fori_loop(0, self.inner_steps, advance, (state.x, last, found))
+        drawn = self.batch_size * (self.inner_batches + self.outer_batches) + jnp.where(fresh, sum(problem.samples), 0)
+        return state._replace(x=x, y=y, memory=(last, found, seen + drawn))

@@ -18,20 +18,34 @@ from theorylab.core.solution import Status
 from theorylab.errors import ArgumentError
 from theorylab.hypergradient.bounds import check_certifiable, error_bound
 from theorylab.hypergradient.contract import BilevelProblem, InnerProblem
-from theorylab.hypergradient.estimators import Estimator, Hypergradient, OnePoint, as_estimator
+from theorylab.hypergradient.estimators import Estimator, Hypergradient, OnePoint, Plain, as_estimator
+from theorylab.hypergradient.linear import Work
 
 Array = jax.Array
-COUNTERS = ("gradients", "products", "factorizations")
 DECREASE, SHRINK, LONGEST = 1e-4, 0.25, 10.0    # of the automatic step size: sufficient decrease, cut after a rise, growth in one step
 MEMORY = 0.85                                   # weight of the past in the level below which the objective must fall (Zhang and Hager, 2004)
 SLACK_UNITS = 100                               # units of round-off of the objective that do not count as a rise
 
 
+class Look(NamedTuple):
+    """The answer of an `InnerRule`.
+
+    Attributes:
+        done: whether x will do.
+        error: what is known of the error of the hypergradient, infinite if nothing.
+        found: the estimate at x where the answer needed it, else None.
+    """
+
+    done: Array
+    error: Array
+    found: Hypergradient | None = None
+
+
 class InnerRule(Module):
     """When an inner solution is good enough. Subclasses define `look`."""
 
-    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> tuple[Array, Array]:
-        """Whether x will do, and what is known of the error of the hypergradient (infinite if nothing). Pure.
+    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> Look:
+        """Whether x will do. Pure.
 
         Args:
             problem: a bilevel problem.
@@ -42,6 +56,10 @@ class InnerRule(Module):
             residual: norm of F(x, y).
         """
         raise NotImplementedError(f"{type(self).__name__} must define look(problem, estimator, x, y, v, residual)")
+
+    def gives(self, estimator: Estimator) -> bool:
+        """Whether `Look.found` is what this estimator would say."""
+        return True
 
     def check(self, problem: BilevelProblem) -> None:
         """Raise if the rule has no meaning for `problem`: called once on the host."""
@@ -57,8 +75,8 @@ class InnerResidual(InnerRule):
 
     level: Any = number(above=0.0)
 
-    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> tuple[Array, Array]:
-        return residual <= self.level, jnp.full_like(residual, jnp.inf)
+    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> Look:
+        return Look(residual <= self.level, jnp.full_like(residual, jnp.inf))
 
 
 class InnerEstimate(InnerRule):
@@ -74,10 +92,15 @@ class InnerEstimate(InnerRule):
 
     theta: Any = number(0.1, above=0.0)
 
-    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> tuple[Array, Array]:
+    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> Look:
         found = OnePoint(linear=estimator.linear).estimate(problem, x, y, v0=v)
-        error = tree.norm(found.correction)
-        return error <= self.theta / (1 + self.theta) * tree.norm(found.value + found.correction), error
+        plain, error = found.value + found.correction, tree.norm(found.correction)
+        if type(estimator) is Plain:
+            found = found._replace(value=plain)
+        return Look(error <= self.theta / (1 + self.theta) * tree.norm(plain), error, found)
+
+    def gives(self, estimator: Estimator) -> bool:
+        return type(estimator) in (OnePoint, Plain)
 
 
 class InnerCertificate(InnerRule):
@@ -93,10 +116,10 @@ class InnerCertificate(InnerRule):
 
     theta: Any = number(0.1, above=0.0)
 
-    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> tuple[Array, Array]:
-        value = estimator.estimate(problem, x, y, v0=v).value
-        bound = error_bound(problem, x, y, value)  # pyright: ignore[reportArgumentType]  (checked on the host)
-        return bound <= self.theta / (1 + self.theta) * tree.norm(value), bound
+    def look(self, problem: BilevelProblem, estimator: Estimator, x: Array, y: Array, v: Array, residual: Array) -> Look:
+        found = estimator.estimate(problem, x, y, v0=v)
+        bound, work = error_bound(problem, x, y, found.value)  # pyright: ignore[reportArgumentType]  (checked on the host)
+        return Look(bound <= self.theta / (1 + self.theta) * tree.norm(found.value), bound, found._replace(work=found.work.plus(work)))
 
     def check(self, problem: BilevelProblem) -> None:
         check_certifiable(problem)
@@ -216,27 +239,31 @@ class OuterDescent(Method):
         method = self._method(inner).prepare(inner)
         limit, every = self.inner_steps.astype(jnp.int32), self.every.astype(jnp.int32)
 
-        def unsolved(loop: tuple[Any, Any, Array, Array]) -> Array:
-            _, (done, _, residual), steps, todo = loop
-            return (todo == 0) | (~done & (steps < limit) & jnp.isfinite(residual))
-
-        def advance(loop: tuple[Any, Any, Array, Array]) -> tuple[Any, Any, Array, Array]:
-            state, _, steps, todo = loop  # none in the first round: the start may be good enough
-            state = lax.fori_loop(steps, steps + todo, lambda j, s: tree.strong(method.step(inner, s, key=step_key(key, j))), state)
+        def looked(state: Any) -> tuple[Look, Array]:
             residual = method.measure(inner, state)["residual"]
-            looked = *rule.look(problem, estimator, method.value(inner, state), y, v, residual), residual
-            return state, tree.strong(looked), steps + todo, every
+            return tree.strong((rule.look(problem, estimator, method.value(inner, state), y, v, residual), residual))
 
-        state, zero, inf = tree.strong(method.init(inner, x, key=stream(key, "init"))), jnp.zeros((), jnp.int32), jnp.full((), jnp.inf, y.dtype)
-        begin = (state, (jnp.asarray(False), inf, inf), zero, zero)
-        state, (done, error, residual), steps, _ = lax.while_loop(unsolved, advance, begin)
+        def unsolved(loop: tuple[Any, tuple[Look, Array], Work, Array, Array]) -> Array:
+            _, (seen, residual), _, steps, todo = loop
+            return (todo == 0) | (~seen.done & (steps < limit) & jnp.isfinite(residual))
+
+        def advance(loop: tuple[Any, tuple[Look, Array], Work, Array, Array]) -> tuple[Any, tuple[Look, Array], Work, Array, Array]:
+            state, _, spent, steps, todo = loop  # none in the first round: the start may be good enough
+            state = lax.fori_loop(steps, steps + todo, lambda j, s: tree.strong(method.step(inner, s, key=step_key(key, j))), state)
+            new = looked(state)
+            return state, new, spent if new[0].found is None else spent.plus(new[0].found.work), steps + todo, every
+
+        state, zero = tree.strong(method.init(inner, x, key=stream(key, "init"))), jnp.zeros((), jnp.int32)
+        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(looked, state))  # the first round fills it
+        state, ((done, error, found), residual), spent, steps, _ = lax.while_loop(unsolved, advance, (state, blank, Work().plus(), zero, zero))
         x = method.value(inner, state)
-        found: Hypergradient = estimator.estimate(problem, x, y, v0=v)
+        if found is None or not rule.gives(estimator):
+            found = estimator.estimate(problem, x, y, v0=v)
+            spent = spent.plus(found.work)
         objective = problem.outer(x, y)
         corrected = objective - found.adjoint @ problem.residual(x, y)
         counters, costs = method.metrics(inner, state), method.cost(inner)
-        counts = {name: counters.get(name, jnp.zeros((), jnp.int32)) + steps * int(costs.get(name, 0))
-                  for name in COUNTERS if name in counters or name in costs}
+        counts = {name: counters.get(name, zero) + steps * int(costs.get(name, 0)) + getattr(spent, name) for name in Work._fields}
         good = (found.status == Status.COMPLETED) | (found.status == Status.CONVERGED)
         at = _Solved(y, x, found.adjoint, found.value, objective, corrected, residual, error)
         return at, counts, steps, (~done).astype(jnp.int32), (~good).astype(jnp.int32)
@@ -270,12 +297,18 @@ class OuterDescent(Method):
         return problem.unpack_y(state.at.y)
 
     def measure(self, problem: Any, state: _State) -> dict[str, Array]:
-        """`objective`: G at the x of the state. `residual`: norm of F there. `gradient_norm`: norm of the estimated hypergradient."""
-        return {"objective": state.at.objective, "residual": state.at.residual, "gradient_norm": tree.norm(state.at.gradient)}
+        """`objective`: G at the x of the state. `residual`: norm of F there. `gradient_norm`: norm of the estimated hypergradient.
+        `error`: distance to the solution, where the problem knows it.
+        """
+        at = state.at
+        return {"objective": at.objective, "residual": at.residual, "gradient_norm": tree.norm(at.gradient), **problem.error(at.y)}
 
     def metrics(self, problem: Any, state: _State) -> dict[str, Array]:
-        """The counters of the inner method, and `inner_steps` (at this y), `unsolved`, `failed`, `step_size`, `hypergradient_error` (what the rule
-        knows of it; infinite for a number), `rejected` (automatic step size).
+        """Counters, and `inner_steps` (at this y), `unsolved`, `failed`, `step_size`, `hypergradient_error` (what the rule knows of it; infinite
+        for a number), `rejected` (automatic step size).
+
+        The counters `gradients`, `products` and `factorizations` hold the work of the inner method, of the rule and of the estimator. The gradient
+        at a point where the inner method stands is counted once, so that with `Plain` or `OnePoint` the gradients are those of the inner method.
         """
         report = {**state.counts, "inner_steps": state.inner_steps, "unsolved": state.unsolved, "failed": state.failed, "step_size": state.size,
                   "hypergradient_error": state.at.error}

@@ -2,6 +2,7 @@ r"""Which preconditioner to correct with: predicted constants of the candidates 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +11,16 @@ import jax.numpy as jnp
 from theorylab.core import checks, tree
 from theorylab.core.keys import Key, as_key, stream
 from theorylab.core.linear import Factored, cg
-from theorylab.core.module import Module, number
+from theorylab.core.module import Module, number, size
+from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.hypergradient.estimators import Estimator, Plain, Preconditioned, compiled, flat_point, plain, turned
-from theorylab.hypergradient.linear import CG, DENSE_UP_TO, default_tolerance, largest, solver
+from theorylab.hypergradient.linear import CG, DENSE_UP_TO, default_tolerance, fixed_start, largest, solver
 
 Array = jax.Array
-CANDIDATES = ("jacobi", "damped", "pcg", "stale")
-CHEAPEST_FIRST = ("plain", "jacobi", "damped", "stale", "pcg")
+CANDIDATES = ("jacobi", "damped", "pcg", "nystrom", "stale")
+CHEAPEST_FIRST = ("plain", "jacobi", "damped", "stale", "pcg", "nystrom")
+LARGEST_SKETCH = 32
 TIE, ROUND_OFF = 1.01, 1e-10            # a constant this near the smallest, or this small against that of plain, is as good
 POWER_STEPS = 100
 
@@ -38,11 +41,63 @@ class DampedDiagonal(Module):
         return self.omega * r / at.diagonal()
 
 
+class Nystrom(Module):
+    r"""The Nyström approximation of $F_1$ from `rank` products, scaled by its diagonal: a function (at, r) -> $P^{-1} r$ for `Preconditioned`.
+
+    With $S = D^{-1/2} F_1 D^{-1/2}$, D the diagonal, and an orthonormal basis Q of `rank` fixed vectors, $S \approx SQ (Q^\top S Q)^{-1} (SQ)^\top
+    = U \Lambda U^\top$. P takes $\Lambda$ on the range of U and the smallest of its entries elsewhere (Frangella, Tropp and Udell, 2023). For
+    symmetric positive definite problems; it may be worse than no correction where the spectrum does not fall, which `plan_correction` sees.
+
+    Args:
+        rank: products with F_1 that one correction takes, at most 32.
+
+    Example:
+        >>> from theorylab import hypergradient as hg
+        >>> problem = hg.Bilevel(lambda x, y: 2 * jnp.sum(x**2) - x @ y, lambda x, y: jnp.sum(x), x=jnp.zeros(2), y=jnp.ones(2))
+        >>> Nystrom(2)(problem.at(jnp.zeros(2), jnp.ones(2)), jnp.ones(2)).round(12).tolist()
+        [0.25, 0.25]
+    """
+
+    rank: int = size(high=LARGEST_SKETCH)
+
+    @property
+    def products(self) -> int:
+        """What one correction takes."""
+        return self.rank
+
+    def __call__(self, at: Any, r: Array) -> Array:
+        return _sketched(at, at.diagonal(), self.rank)(r)
+
+
+def _sketched(at: Any, diagonal: Array, rank: int | Array) -> Callable[[Array], Array]:
+    """The map r -> P^{-1} r of `Nystrom`; a traced rank is a mask over as many columns as there can be."""
+    n, root, eps = diagonal.shape[0], jnp.sqrt(diagonal), float(jnp.finfo(diagonal.dtype).eps)
+    vectors = fixed_start(jnp.zeros((n, min(n, LARGEST_SKETCH)), diagonal.dtype))
+    Q = jnp.linalg.qr(vectors[:, :rank] if isinstance(rank, int) else vectors)[0]
+    if not isinstance(rank, int):
+        Q = jnp.where(jnp.arange(Q.shape[1], dtype=jnp.int32) < rank, Q, jnp.zeros_like(Q))
+    Y = jax.vmap(lambda q: at.product(q / root) / root, in_axes=1, out_axes=1)(Q)
+    values, V = jnp.linalg.eigh(product(Q.T, Y))
+    kept = values > eps * values[-1]
+    B = product(Y, V) * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, jnp.ones_like(values))), jnp.zeros_like(values))
+    U, s, _ = jnp.linalg.svd(B, full_matrices=False)
+    found = s > eps * s[0]
+    heights = jnp.where(found, s * s, jnp.inf)
+    rest = jnp.min(heights)
+
+    def inverse(r: Array) -> Array:
+        z = r / root
+        part = product(U.T, z)
+        return (z / rest + product(U, jnp.where(found, 1 / heights - 1 / rest, jnp.zeros_like(s)) * part)) / root
+
+    return inverse
+
+
 class CorrectionPlan(NamedTuple):
     r"""What `plan_correction` chose, and what it predicts.
 
     Attributes:
-        name: `"plain"` (no correction), `"jacobi"`, `"damped"`, `"pcg"` or `"stale"`.
+        name: `"plain"` (no correction), `"jacobi"`, `"damped"`, `"pcg"`, `"nystrom"` or `"stale"`.
         estimator: to be used as it is, here and near here.
         constants: for each candidate and `"plain"`, the predicted error of the hypergradient per unit of inner error: the root mean square of
             $\lVert\Omega_1 (u - P^{-1} F_1 u)\rVert$ over unit directions u.
@@ -66,6 +121,7 @@ def _corrections(at: Any, budget: Array | None, stale: Factored | None, symmetri
         found["damped"] = lambda r: omega * r / diagonal
         if budget is not None:  # traced, so that another budget does not compile again; the steps are those of the solver `CG`
             found["pcg"] = lambda r: cg(at.product, r, preconditioner=found["jacobi"], tolerance=default_tolerance(r.dtype), max_steps=budget).value
+            found["nystrom"] = _sketched(at, diagonal, budget)
     if stale is not None:
         found["stale"] = stale.solve
     return found, omega
@@ -119,6 +175,7 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
     | `"jacobi"` | $F / \mathrm{diag}(F_1)$ | 0 |
     | `"damped"` | $\omega F / \mathrm{diag}(F_1)$ with the best damping; symmetric problems | 0 |
     | `"pcg"` | `budget` steps of conjugate gradients, preconditioned by the diagonal; symmetric problems | `budget` |
+    | `"nystrom"` | with the approximation of rank `budget` (at most 32) of `Nystrom`; symmetric problems | `budget` |
     | `"stale"` | with the given factor | 0 |
 
     Args:
@@ -147,7 +204,7 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
         >>> plan.name, plan.estimator.preconditioner, plan.errors["jacobi"] < 1e-12
         ('jacobi', 'jacobi', True)
     """
-    flat_x, flat_y = flat_point(problem, x, y)
+    problem, flat_x, flat_y = flat_point(problem, x, y)
     budget, probes = checks.whole("budget", budget, low=0), checks.whole("probes", probes, low=1)
     checks.among("preconditioner", preconditioner, ("auto", *CANDIDATES))
     if stale is not None and not isinstance(stale, Factored):
@@ -173,6 +230,8 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
         estimators[name] = Preconditioned(DampedDiagonal(omega), linear=linear)
     elif name == "pcg":
         estimators[name] = Preconditioned(CG(max_steps=budget, preconditioner="jacobi"), linear=linear)
+    elif name == "nystrom":
+        estimators[name] = Preconditioned(Nystrom(min(budget, problem.n, LARGEST_SKETCH)), linear=linear)
     elif name == "stale":
         estimators[name] = Preconditioned(stale, linear=linear)
     return CorrectionPlan(name, estimators[name], constants, errors, refused)
@@ -180,7 +239,8 @@ def plan_correction(problem: Any, x: Any, y: Any, budget: int, *, stale: Any = N
 
 def _check_named(name: str, constants: dict[str, float], refused: tuple[str, ...]) -> None:
     if name not in constants:
-        needs = {"stale": "the argument stale", "pcg": "a budget of at least 1 and a symmetric problem"}.get(name, "a symmetric problem")
+        both = "a budget of at least 1 and a symmetric problem"
+        needs = {"stale": "the argument stale", "pcg": both, "nystrom": both}.get(name, "a symmetric problem")
         raise ArgumentError(f"preconditioner {name!r} needs {needs}")
     if name in refused:
         raise ArgumentError(f"preconditioner {name!r} is refused: a unit of inner error is predicted to become {constants[name]:.3g} in the "

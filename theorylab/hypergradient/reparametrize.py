@@ -131,21 +131,22 @@ class Reparametrized(Estimator):
         system = self.solver(problem, x).factor(seen, problem.symmetric)
         value, adjoint = plain(at, system, v0)
         v, F = adjoint.value, at.residual
+        work = system.work(adjoint)
         if self.map == "exponential":
-            return assemble(at, adjoint, value)
+            return assemble(at, adjoint, value, work=work)
         if self.map == "linear":
             weight = v * F / at.diagonal()
             bend = jax.grad(lambda y: jnp.vdot(weight, problem.at(x, y).diagonal()))(y)
-            return assemble(at, adjoint, value + bend)
+            return assemble(at, adjoint, value + bend, work=work)
         if self.map == "hessian":
             solution = problem.exact(y)
             if solution is None:
                 raise NoClosedFormError(f"map='hessian' needs the exact inner solution, which {type(problem).__name__} has not in closed form; "
                                         "use NewtonPoint() or OnePoint()")
-            return assemble(at, adjoint, at.outer_y - problem.at(solution, y).cross_pullback(v))
+            return assemble(at, adjoint, at.outer_y - problem.at(solution, y).cross_pullback(v), work=work)
         newton = system.solve(F)
         error, q = turned(at, system, inner_turn(at, v, newton.value))
-        return assemble(at, adjoint, value - error, newton.status, q.status)
+        return assemble(at, adjoint, value - error, newton.status, q.status, work=system.work(adjoint, newton, q, products=1))
 
     def _chart(self, x: Array, y: Array) -> tuple[Array, Array]:
         """The z with map(z, y) = x, and the Jacobian of the map in z."""
@@ -186,4 +187,4 @@ class Reparametrized(Estimator):
         missed = jnp.max(jnp.abs(self.map(z, y) - x)) > root * jnp.maximum(1.0, jnp.max(jnp.abs(x)))
         lost = missed | ~(jnp.linalg.cond(A) * root <= 1)
         adjoint = Solved(*w[:3], jnp.where(lost, code(Status.UNDECIDED), w.status))
-        return assemble(at, adjoint, value)
+        return assemble(at, adjoint, value, work=system.work(w))

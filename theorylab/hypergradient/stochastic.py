@@ -51,38 +51,31 @@ class Directions(NamedTuple):
         return self.F, self.Hv + self.outer_x, self.cross + self.outer_y
 
 
-class StochasticMethod(Method):
-    r"""What the methods share: step sizes $\rho/(t+1)^a$, minibatches, and metrics. Subclasses define `move` and `exponents`.
+class SteppedMethod(Method):
+    r"""What the methods share: step sizes $\rho/(t+1)^a$ and metrics. Subclasses define `exponents` and `step`.
 
-    A batch without replacement visits each row once in a pass; passes are shuffled anew. The metrics are those of the whole problem:
-    `objective` G and `residual` at the iterates, and `gradient_norm` of the hypergradient at y, at the inner solution where it is
-    known in closed form and else estimated from x by `OnePoint`; rows of the history cost that much, so space them by `every`.
+    The metrics are those of the whole problem: `objective` G and `residual` at the iterates, and `gradient_norm` of the hypergradient at y,
+    at the inner solution where it is known in closed form and else estimated from x by `OnePoint`, and `error`, the distance to a known solution;
+    rows of the history cost that much, so space them by `every`.
     """
 
     step_size: Any = number(0.1, above=0.0)
     outer_ratio: Any = number(1.0, above=0.0)
-    batch_size: int = size(64)
     exponents: ClassVar[tuple[float, float, float]] = (0.0, 0.0, 0.0)
-    inner_batches: ClassVar[int] = 1                # drawn in one step
-    outer_batches: ClassVar[int] = 1
 
     def check(self, problem: Any, x0: Any) -> None:
-        """Refuse a problem without samples, fewer samples than rows of a batch, or a start of another shape."""
+        """Refuse a problem that the method cannot use, or a start of another shape."""
         if not isinstance(problem, BilevelProblem):
-            raise ArgumentError(f"problem must be a bilevel problem with samples, got {type(problem).__name__}")
-        self.check_rows(problem)
+            raise ArgumentError(f"problem must be a bilevel problem, got {type(problem).__name__}")
+        self.check_parts(problem)
         if x0 is not None:
             problem.pack_y(x0)
 
-    def check_rows(self, problem: Any) -> None:
-        """Refuse a batch that is larger than the data."""
-        rows = problem.samples
-        if self.batch_size > min(rows):
-            raise ArgumentError(f"batch_size must be at most the {min(rows)} samples of the {'inner' if rows[0] <= rows[1] else 'outer'} "
-                                f"objective, got {self.batch_size}")
+    def check_parts(self, problem: Any) -> None:
+        """Refuse a problem without what the method needs."""
 
     def init(self, problem: Any, x0: Any, *, key: Key) -> StochasticState:
-        self.check_rows(problem)
+        self.check_parts(problem)
         y = problem.pack_y(x0)
         x = problem.start_x(y)
         state = StochasticState(x, y, jnp.zeros_like(x), jnp.zeros((), jnp.int32), key, None)
@@ -91,6 +84,39 @@ class StochasticMethod(Method):
     def remember(self, problem: Any, state: StochasticState) -> Any:
         """What the method keeps besides the iterates, at the start."""
         return ()
+
+    def rates(self, state: StochasticState) -> tuple[Array, Array, Array]:
+        """The step sizes of x, v and y."""
+        t = (state.step + 1).astype(state.y.dtype)
+        return tuple(self.step_size / r / t**a for a, r in zip(self.exponents, (1.0, 1.0, self.outer_ratio), strict=True))  # type: ignore[return-value]
+
+    def value(self, problem: Any, state: StochasticState) -> Any:
+        return problem.unpack_y(state.y)
+
+    def measure(self, problem: Any, state: StochasticState) -> dict[str, Array]:
+        x, y = state.x, state.y
+        exact = problem.exact(y)
+        found = OnePoint().estimate(problem, x, y) if exact is None else Plain().estimate(problem, exact, y)
+        return {"objective": problem.outer(x, y), "residual": tree.norm(problem.residual(x, y)), "gradient_norm": tree.norm(found.value),
+                **problem.error(y)}
+
+
+class StochasticMethod(SteppedMethod):
+    r"""A method on minibatches. Subclasses define `move` and `exponents`.
+
+    A batch without replacement visits each row once in a pass; passes are shuffled anew.
+    """
+
+    batch_size: int = size(64)
+    inner_batches: ClassVar[int] = 1                # drawn in one step
+    outer_batches: ClassVar[int] = 1
+
+    def check_parts(self, problem: Any) -> None:
+        """Refuse a problem without samples, or a batch that is larger than the data."""
+        rows = problem.samples
+        if self.batch_size > min(rows):
+            raise ArgumentError(f"batch_size must be at most the {min(rows)} samples of the {'inner' if rows[0] <= rows[1] else 'outer'} "
+                                f"objective, got {self.batch_size}")
 
     def step(self, problem: Any, state: StochasticState, *, key: Key) -> StochasticState:
         return self.move(problem, state, *self.draw(problem, state))._replace(step=state.step + 1)
@@ -108,20 +134,6 @@ class StochasticMethod(Method):
     def move(self, problem: Any, state: StochasticState, inner: Array, outer: Array) -> StochasticState:
         """The state after one iteration on the batches of `draw`, its step number aside."""
         raise NotImplementedError(f"{type(self).__name__} must define move(problem, state, inner, outer)")
-
-    def rates(self, state: StochasticState) -> tuple[Array, Array, Array]:
-        """The step sizes of x, v and y."""
-        t = (state.step + 1).astype(state.y.dtype)
-        return tuple(self.step_size / r / t**a for a, r in zip(self.exponents, (1.0, 1.0, self.outer_ratio), strict=True))  # type: ignore[return-value]
-
-    def value(self, problem: Any, state: StochasticState) -> Any:
-        return problem.unpack_y(state.y)
-
-    def measure(self, problem: Any, state: StochasticState) -> dict[str, Array]:
-        x, y = state.x, state.y
-        exact = problem.exact(y)
-        found = OnePoint().estimate(problem, x, y) if exact is None else Plain().estimate(problem, exact, y)
-        return {"objective": problem.outer(x, y), "residual": tree.norm(problem.residual(x, y)), "gradient_norm": tree.norm(found.value)}
 
     def cost(self, problem: Any) -> dict[str, float]:
         return {"samples": float(self.batch_size * (self.inner_batches + self.outer_batches))}
@@ -192,8 +204,8 @@ class SABA(StochasticMethod):
         {'samples': 64.0}
     """
 
-    def check_rows(self, problem: Any) -> None:
-        super().check_rows(problem)
+    def check_parts(self, problem: Any) -> None:
+        super().check_parts(problem)
         for name, rows in zip(("inner", "outer"), problem.samples, strict=True):
             if rows % self.batch_size:
                 raise ArgumentError(f"batch_size must divide the {rows} samples of the {name} objective, whose batches are fixed, "
@@ -222,7 +234,24 @@ class SABA(StochasticMethod):
         return _moved(self, state, Directions(*steps).steps)._replace(memory=tuple(tables))
 
 
-class SRBA(StochasticMethod):
+class PeriodicMethod(StochasticMethod):
+    """A method that uses all rows from time to time. Its metric `samples` is the last entry of its memory."""
+
+    period_fraction: Any = number(0.5, above=0.0)
+
+    def period(self, problem: Any) -> Array:
+        """Steps from one full batch to the next, at least 1."""
+        return jnp.maximum(jnp.floor(self.period_fraction * (sum(problem.samples) / self.batch_size)), 1).astype(jnp.int32)
+
+    def metrics(self, problem: Any, state: StochasticState) -> dict[str, Array]:
+        """`samples`: rows drawn so far."""
+        return {"samples": state.memory[-1]}
+
+    def cost(self, problem: Any) -> dict[str, float]:
+        return {}
+
+
+class SRBA(PeriodicMethod):
     r"""Stochastic recursive bilevel algorithm (Dagréou, Moreau, Vaiter and Ablin, 2023): the directions of SOBA by SARAH differences.
 
     All rows are used at each start of a period of `period_fraction` $(N + N_v)$ / `batch_size` steps; in between, the difference of a minibatch
@@ -240,12 +269,6 @@ class SRBA(StochasticMethod):
         >>> int(SRBA(0.1, batch_size=32).period(hg.simulated(0, samples=64)))
         2
     """
-
-    period_fraction: Any = number(0.5, above=0.0)
-
-    def period(self, problem: Any) -> Array:
-        """Steps from one full batch to the next, at least 1."""
-        return jnp.maximum(jnp.floor(self.period_fraction * (sum(problem.samples) / self.batch_size)), 1).astype(jnp.int32)
 
     def remember(self, problem: Any, state: StochasticState) -> Any:
         zeros = Directions(*(jnp.zeros_like(a) for a in (state.x, state.x, state.y, state.x, state.y)))
@@ -265,13 +288,6 @@ class SRBA(StochasticMethod):
 
         found, rows = lax.cond(state.step % self.period(problem) == 0, whole, difference)
         return _moved(self, state, found.steps)._replace(memory=(found, point, seen + rows))
-
-    def metrics(self, problem: Any, state: StochasticState) -> dict[str, Array]:
-        """`samples`: rows drawn so far."""
-        return {"samples": state.memory[2]}
-
-    def cost(self, problem: Any) -> dict[str, float]:
-        return {}
 
 
 class FSLA(StochasticMethod):

@@ -3,6 +3,7 @@
 from theorylab.hypergradient.claims import (
     baselines as baselines,
     charts as charts,
+    descent as descent,
     family as family,
     identities as identities,
     orders as orders,
