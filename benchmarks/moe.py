@@ -102,9 +102,9 @@ def many(rounds: int, replicates: int, n: int, steps: int) -> Rows:
 
 R_CODE = """
 d <- read.csv("{data}"); suppressMessages(library({package}))
-t0 <- proc.time()[[3]]
+t0 <- sum(proc.time()[1:2])
 {body}
-cat(sprintf("%.6f %.6f", l, proc.time()[[3]] - t0))
+cat(sprintf("%.6f %.6f", l, sum(proc.time()[1:2]) - t0))
 """
 R_BODIES = {"flexmix": 'set.seed(1); m <- flexmix(y ~ x, data = d, k = 2, concomitant = FLXPmultinom(~x)); l <- as.numeric(logLik(m))',
             "mixtools": 'set.seed(1); m <- hmeEM(d$y, cbind(d$x), k = 2, maxit = 1000, verb = FALSE); l <- m$loglik'}
@@ -131,7 +131,7 @@ def dense(rounds: int, sizes: tuple[int, ...]) -> Rows:
 
 
 def in_r(x: np.ndarray, y: np.ndarray) -> list[tuple[str, float, float]]:
-    """Log-likelihood and seconds of the R packages that are installed."""
+    """Log-likelihood and CPU seconds of the R packages that are installed."""
     if shutil.which("Rscript") is None:
         return []
     found = []

@@ -1,16 +1,18 @@
-"""Landing steps against the matrix products that they cannot avoid, and whole solutions beside LAPACK, LOBPCG, pymanopt and scikit-learn.
+"""Landing beside the matrix products that it cannot avoid, LAPACK, PyTorch and pymanopt; peers that are not installed are left out.
 
-Step: one step of `Landing` on a dense eigenvalue problem (n = 1000, p = 500, float64), beside the bare products with A and B and a Riemannian step
-with a factored B. Stream: one step of `StochasticLanding` for CCA (2048 columns in each view, p = 16, 512 rows, float32), and how it grows with n.
-Batch: many small problems in one call. Whole: time to a relative gap of 1e-8. Digits: canonical correlations of the halves of the digits, batches
-and seconds to a gap of one per cent.
+step: one step on a dense eigenvalue problem (n = 1000, p = 500, float64). stream: one step of canonical correlations on a batch (2048 columns in each
+step: one step on a dense eigenvalue problem (n = 1000, p = 500, float64). stream: one step of canonical correlations on a batch (2048 columns in each
+small problems in one call. whole: time to a relative gap of 1e-8.
 
-    python benchmarks/stiefel.py [--quick] [--only step stream batch whole digits] [--json | --markdown]
+    python benchmarks/stiefel.py [--quick] [--only step stream growth memory batch whole] [--json | --markdown]
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,13 +28,20 @@ from scipy.sparse.linalg import lobpcg
 
 import theorylab as tl
 from theorylab import stiefel
+from theorylab.core.show import text_table
 from theorylab.lab.files import load_module
+from theorylab.stiefel.contract import Batch
 
 report: ModuleType = load_module(Path(__file__).with_name("_report.py"))
 
 Rows = list[dict[str, Any]]
 FEW, MANY = 2, 12                                   # steps of two runs, whose difference is free of what a call costs
-PARTS = ("step", "stream", "batch", "whole", "digits")
+PEERS = ("torch", "pymanopt", "cca_zoo", "picard")
+
+
+def present(name: str) -> bool:
+    """Whether a peer is installed."""
+    return importlib.util.find_spec(name) is not None
 
 
 def clock(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
@@ -48,6 +57,22 @@ def clock(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     return {name: 1e3 * float(np.median(took)) for name, took in times.items()}
 
 
+def per_step(calls: dict[str, Callable[[int], Any]], rounds: int, few: int = FEW, many: int = MANY) -> dict[str, float]:
+    """CPU milliseconds of a step, from runs of two lengths."""
+    took = clock({(name, steps): lambda call=call, steps=steps: call(steps) for name, call in calls.items() for steps in (few, many)}, rounds)
+    return {name: (took[name, many] - took[name, few]) / (many - few) for name in calls}
+
+
+def once(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result of a second call, its wall and its CPU seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jax.block_until_ready(call())
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = jax.block_until_ready(call())
+        return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
 def pencil(n: int, condition: float = 100.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A symmetric A and a B of the given condition with a basis of its own."""
     rng = np.random.default_rng(seed)
@@ -56,9 +81,17 @@ def pencil(n: int, condition: float = 100.0, seed: int = 0) -> tuple[np.ndarray,
     return (A + A.T) / (2 * n**0.5) + np.eye(n), (Q * np.geomspace(1.0, condition, n)) @ Q.T
 
 
-def per_step(problem: Any, method: Any, x0: Any, steps: int, **options: Any) -> Callable[[], Any]:
-    """A run of `steps` steps that records its last row alone."""
-    return lambda: tl.iterate(problem, method, x0, steps=steps, every=steps, keep="last", **options).value
+def repeated(step: Callable[[Any], Any], x: Any) -> Callable[[int], Any]:
+    """A plain Python loop over `step`."""
+    def call(steps: int) -> Any:
+        y = x
+        for _ in range(steps):
+            y = step(y)
+        return np.asarray(y[0])
+    return call
+
+
+# ------------------------------------------------------------------------------------------------ one step
 
 
 def step(rounds: int, n: int, p: int) -> Rows:
@@ -66,40 +99,153 @@ def step(rounds: int, n: int, p: int) -> Rows:
     A, B = pencil(n)
     problem = stiefel.GEVP(A, B, p=p, reference="none")
     x0 = stiefel.retract(np.random.default_rng(1).standard_normal((n, p)), B)
-    a, b, xt = jnp.asarray(A), jnp.asarray(B), jnp.asarray(x0.T)
+    a, b = jnp.asarray(A), jnp.asarray(B)
 
     @jax.jit
     def products(xt: jax.Array, steps: int) -> jax.Array:
-        def once(_: int, xt: jax.Array) -> jax.Array:
+        def one(_: int, xt: jax.Array) -> jax.Array:
             first, second = xt @ a, xt @ b
             gram, inside = second @ xt.T, first @ xt.T
             return xt + 1e-12 * (gram @ first + inside @ second + (gram @ inside) @ xt)
-        return jax.lax.fori_loop(0, steps, once, xt)
+        return jax.lax.fori_loop(0, steps, one, xt)
 
-    bare = "the products alone: A X, B X, five of size p"
-    methods = {"Landing, fixed step": stiefel.Landing(1e-5), "Landing, exact safe step": stiefel.Landing(1e-5, safe=0.5),
-               "RiemannianDescent, B factored once": stiefel.RiemannianDescent(1e-3, "cholesky")}
-    calls = {(name, steps): per_step(problem, method, x0, steps) for name, method in methods.items() for steps in (FEW, MANY)}
-    calls |= {(bare, steps): lambda steps=steps: products(xt, steps) for steps in (FEW, MANY)}
-    took = clock(calls, rounds)
-    each = {name: (took[name, MANY] - took[name, FEW]) / (MANY - FEW) for name in (bare, *methods)}
-    rows: Rows = [{"row": name, "CPU ms per step": value, "row / products": value / each[bare]} for name, value in each.items()]
+    def run(method: Any) -> Callable[[int], Any]:
+        return lambda steps: tl.iterate(problem, method, x0, steps=steps, every=steps, keep="last").value
+
+    def formula(A: Any, B: Any, eye: Any) -> Callable[[Any], Any]:  # the same in NumPy and in PyTorch
+        def one(x: Any) -> Any:
+            bx, g = B @ x, -(A @ x)
+            return x - 1e-5 * (g @ (bx.T @ bx / 2) + bx @ (bx.T @ x - eye - g.T @ bx / 2))
+        return one
+
+    floor = "the products alone: A X, B X, five of size p"
+    calls = {floor: lambda steps: products(jnp.asarray(x0.T), steps), "Landing, fixed step": run(stiefel.Landing(1e-5, normal="gradient")),
+             "Landing, exact safe step": run(stiefel.Landing(1e-5, safe=0.5)),
+             "RiemannianDescent, B factored once": run(stiefel.RiemannianDescent(1e-3, "cholesky")),
+             "NumPy, the formula": repeated(formula(A, B, np.eye(p)), np.asarray(x0))}
+    if present("torch"):
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(1)
+        eye = torch.eye(p, dtype=torch.float64)
+        calls["PyTorch, the formula"] = repeated(formula(torch.tensor(A), torch.tensor(B), eye), torch.tensor(np.asarray(x0)))
+    each = per_step(calls, rounds)
     began = time.process_time()
     scipy.linalg.eigh(A, B, subset_by_index=(n - p, n - 1))
-    return [*rows, {"row": "scipy eigh, the whole problem", "CPU ms per step": 1e3 * (time.process_time() - began), "row / products": None}]
+    return [*({"row": name, "CPU ms per step": value, "row / products": value / each[floor]} for name, value in each.items()),
+            {"row": "scipy eigh, the whole problem", "CPU ms per step": 1e3 * (time.process_time() - began), "row / products": None}]
 
 
-def stream(rounds: int, sizes: tuple[int, ...], rows: int, p: int) -> Rows:
-    """One stochastic step of CCA with rows that are held in memory."""
+def correlated(n: int, rows: int, p: int) -> tuple[Any, Any, Any]:
+    """A problem of canonical correlations that holds one batch, a start, and the batch."""
+    rng = np.random.default_rng(0)
+    views = tuple(rng.standard_normal((rows, n), dtype=np.float32) for _ in range(2))
+    problem = stiefel.CCA.streamed(views, p=p, ridge=1e-3)
+    return problem, tuple(np.asarray(x) for x in problem.start(jax.random.key(0))), tuple(view - view.mean(0) for view in views)
+
+
+@jax.jit
+def kernel(problem: Any, method: Any, x0: Any, views: Any, steps: int) -> Any:
+    """Steps on one batch."""
+    held = problem.holding(Batch(tuple(stiefel.Gram(view, None, ridge) for view, ridge in zip(views, problem.ridge, strict=True))))
+    state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype), method.init(held, x0, key=jax.random.key(0)))
+    return method.value(held, jax.lax.fori_loop(0, steps, lambda _, state: method.step(held, state, key=None), state))
+
+
+def stream(rounds: int, n: int, rows: int, p: int) -> Rows:
+    """One stochastic step of canonical correlations, both views."""
+    problem, x0, views = correlated(n, rows, p)
+    held = tuple(jnp.asarray(view) for view in views)
+
+    @jax.jit
+    def products(x: Any, steps: int) -> Any:
+        def one(_: int, x: Any) -> Any:
+            scores = tuple(xt @ a.T for xt, a in zip(x, held, strict=True))
+            lifts = tuple((s @ a, c @ a) for s, c, a in zip(scores, scores[::-1], held, strict=True))
+            return tuple(xt + 1e-12 * (u + v) for xt, (u, v) in zip(x, lifts, strict=True))
+        return jax.lax.fori_loop(0, steps, one, x)
+
+    def field(x: Any, y: Any, b: Any, eye: Any) -> Any:  # of one view, by the formula of the official code without matrices of size n
+        def lift(a: Any, s: Any) -> Any:
+            return a.T @ s / rows
+        bx, g = lift(b, y[0]) + 1e-3 * x, -lift(b, y[1])
+        return g @ (bx.T @ bx / 2) + bx @ (bx.T @ x - eye - g.T @ bx / 2)
+
+    def formula(views: Any, eye: Any) -> Callable[[Any], Any]:
+        def one(x: Any) -> Any:
+            scores = [a @ z for a, z in zip(views, x, strict=True)]
+            return tuple(z - 1e-3 * field(z, pair, a, eye) for z, pair, a in zip(x, (scores, scores[::-1]), views, strict=True))
+        return one
+
+    def run(method: Any) -> Callable[[int], Any]:
+        return lambda steps: kernel(problem, method, x0, held, steps)
+
+    def fed(steps: int) -> Any:
+        return tl.iterate(problem, stiefel.StochasticLanding(1e-3), x0, steps=steps, every=steps, keep="last", data=[views] * steps).value
+
+    floor = "the products alone: three of each view"
+    calls = {floor: lambda steps: products(tuple(jnp.asarray(x.T) for x in x0), steps),
+             "StochasticLanding, fixed step": run(stiefel.StochasticLanding(1e-3, safe=None, normal="gradient")),
+             "StochasticLanding, exact safe step": run(stiefel.StochasticLanding(1e-3)),
+             "U-statistic, exact safe step": run(stiefel.StochasticLanding(1e-3, estimator="u_statistic")),
+             "StochasticLanding through iterate, batches from Python": fed,
+             "NumPy, the formula": repeated(formula(views, np.eye(p, dtype=np.float32)), x0)}
+    if present("torch"):
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(1)
+        calls["PyTorch, the formula"] = repeated(formula([torch.tensor(v) for v in views], torch.eye(p)), [torch.tensor(x) for x in x0])
+    each = per_step(calls, rounds, 10, 60)
+    return [{"row": name, "CPU ms per step": value, "row / products": value / each[floor]} for name, value in each.items()]
+
+
+def growth(rounds: int, columns: tuple[int, ...], rows: tuple[int, ...], p: int) -> Rows:
+    """The step against columns at the first number of rows, then against rows at the first number of columns."""
     table: Rows = []
-    for n in sizes:
-        rng = np.random.default_rng(0)
-        views = tuple(rng.standard_normal((2 * rows, n), dtype=np.float32) for _ in range(2))
-        problem = stiefel.CCA(*views, p=p, ridge=1e-3, reference="none")
-        start = tuple(stiefel.retract(rng.standard_normal((n, p), dtype=np.float32) / n**0.5, None) for _ in range(2))
-        method = stiefel.StochasticLanding(1e-3, batch_size=rows)
-        took = clock({steps: per_step(problem, method, start, steps) for steps in (FEW, MANY)}, rounds)
-        table.append({"columns of a view": n, "rows of a batch": rows, "p": p, "CPU ms per step": (took[MANY] - took[FEW]) / (MANY - FEW)})
+    method = stiefel.StochasticLanding(1e-3)
+    for label, cases in (("columns", [(n, rows[0]) for n in columns]), ("rows", [(columns[0], r) for r in rows])):
+        took = []
+        for n, r in cases:
+            problem, x0, views = correlated(n, r, p)
+            took.append(per_step({"step": lambda steps, p=problem, x=x0, v=views: kernel(p, method, x, v, steps)}, rounds)["step"])
+        slopes = np.polyfit(np.log([case[label == "rows"] for case in cases]), np.log(took), 1)
+        table += [{"against": label, "columns of a view": n, "rows of a batch": r, "CPU ms per step": value, "slope": None}
+                  for (n, r), value in zip(cases, took, strict=True)]
+        table[-1]["slope"] = float(slopes[0])
+    return table
+
+
+CHILD = """
+import resource, sys
+import numpy as np, jax
+import theorylab as tl
+from theorylab import stiefel
+n, rows, p = map(int, sys.argv[1:])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def run(n, rows, steps):
+    rng = np.random.default_rng(0)
+    batches = (tuple(rng.standard_normal((rows, n), dtype=np.float32) for _ in range(2)) for _ in range(steps))
+    held_out = tuple(rng.standard_normal((16, n), dtype=np.float32) for _ in range(2))
+    problem = stiefel.CCA.streamed(held_out, p=p, ridge=1e-3)
+    method = stiefel.StochasticLanding(0.1, preconditioner="diagonal")
+    sol = tl.iterate(problem, method, steps=steps, every=steps, data=batches)
+    assert np.isfinite(sol.history["infeasibility"]).all()
+run(4 * p, rows, 4)
+before = peak()
+run(n, rows, 4)
+print(before, peak())
+"""
+
+
+def memory(n: int, rows: tuple[int, ...], p: int) -> Rows:
+    """Peak memory of a process of its own."""
+    table: Rows = []
+    for r in rows:
+        done = subprocess.run([sys.executable, "-c", CHILD, str(n), str(r), str(p)], capture_output=True, text=True, check=True, env=dict(os.environ))
+        before, peak = map(float, done.stdout.split())
+        table.append({"columns of a view": n, "rows of a batch": r, "p": p, "one batch (MB)": 2 * 4 * n * r / 2**20, "process before (MB)": before,
+                      "added at the peak (MB)": peak - before, "three covariances (MB)": 3 * 4 * n * n / 2**20})
     return table
 
 
@@ -113,46 +259,49 @@ def batch(rounds: int, count: int, n: int, p: int) -> Rows:
     def single(a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
         return tl.iterate(stiefel.GEVP(a, b, p=p, reference="none"), stiefel.Landing(1e-2, safe=0.5), x, steps=50, keep="last").value
 
+    def separately() -> list[Any]:
+        return [tl.iterate(stiefel.GEVP(a, b, p=p, reference="none"), stiefel.Landing(1e-2, safe=0.5), x, steps=50, keep="last").value
+                for a, b, x in zip(A, B, x0, strict=True)]
+
     together = jax.jit(jax.vmap(single))
-    took = clock({"vmap": lambda: together(A, B, x0), "loop over a compiled call": lambda: [single(*part) for part in zip(A, B, x0, strict=True)]},
-                 rounds)
+    took = clock({"vmap": lambda: together(A, B, x0), "loop over a compiled call": lambda: [single(*part) for part in zip(A, B, x0, strict=True)],
+                  "loop over iterate": separately}, rounds)
     return [{"problems": count, "n": n, "p": p, "row": name, "CPU ms": value, "row / vmap": value / took["vmap"]}
             for name, value in took.items()]
 
 
+# ------------------------------------------------------------------------------------------------ whole problems
+
+
 def whole(n: int, p: int, level: float) -> Rows:
     """A whole solution; wall and CPU seconds of one call after a first one that compiles."""
-    A, B = pencil(n)
-    problem = stiefel.GEVP(A, B, p=p)
-    scale, best = abs(float(problem.optimum)), float(problem.optimum)
-    x0 = stiefel.retract(np.random.default_rng(1).standard_normal((n, p)), B)
-    rule = tl.Below("gap", level * scale) & tl.Below("infeasibility", 1e-6)
+    rows: Rows = []
+    for name, (A, B) in {"B of condition 100": pencil(n), "B = I": (pencil(n)[0], np.eye(n))}.items():
+        problem = stiefel.GEVP(A, B, p=p)
+        best = float(problem.optimum)
+        scale = abs(best)
+        x0 = np.asarray(stiefel.retract(np.random.default_rng(1).standard_normal((n, p)), B))
+        rule = tl.Below("gap", level * scale) & tl.Below("infeasibility", 1e-6)
 
-    def run(method: Any) -> Callable[[], Any]:
-        return lambda: tl.iterate(problem, method, x0, steps=20_000, every=10, stop=rule, keep="last", throw=False).value
+        def run(method: Any, problem: Any = problem, x0: Any = x0, rule: Any = rule) -> Callable[[], Any]:
+            return lambda: tl.iterate(problem, method, x0, steps=20_000, every=10, stop=rule, keep="last", throw=False).value
 
-    calls: dict[str, Callable[[], Any]] = {
-        "tl.solve's Landing (B factored)": run(problem.default_method()), "Landing, products only": run(stiefel.Landing(normal="correction")),
-        "RiemannianDescent with search": run(stiefel.RiemannianDescent(1e-2, "cholesky", search=True)),
-        "scipy eigh": lambda: scipy.linalg.eigh(A, B, subset_by_index=(n - p, n - 1))[1],
-        "scipy LOBPCG": lambda: lobpcg(A, np.asarray(x0), B=B, largest=True, maxiter=2000, tol=1e-6 * scale)[1]}
-    if importlib.util.find_spec("pymanopt"):
-        calls["pymanopt SteepestDescent, whitened"] = lambda: pymanopt_solution(A, B, np.asarray(x0))
-    rows = []
-    for name, call in calls.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            jax.block_until_ready(call())
-            wall, cpu = time.perf_counter(), time.process_time()
-            x = np.asarray(jax.block_until_ready(call()))
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        q = np.asarray(stiefel.retract(x, B))
-        gap = (-0.5 * float(np.trace(q.T @ A @ q)) - best) / scale
-        rows.append({"row": name, "relative gap": max(gap, 0.0), "seconds": wall, "CPU seconds": cpu})
+        calls: dict[str, Callable[[], Any]] = {
+            "tl.solve's Landing (B factored)": run(problem.default_method()), "Landing, products only": run(stiefel.Landing(normal="correction")),
+            "RiemannianDescent with search": run(stiefel.RiemannianDescent(1e-2, "cholesky", search=True)),
+            "scipy eigh": lambda A=A, B=B: scipy.linalg.eigh(A, B, subset_by_index=(n - p, n - 1))[1],
+            "scipy LOBPCG": lambda A=A, B=B, x=x0, t=1e-6 * scale: lobpcg(A, x, B=B, largest=True, maxiter=2000, tol=t)[1]}
+        if present("pymanopt"):
+            calls["pymanopt SteepestDescent" + (", whitened" if name != "B = I" else "")] = lambda A=A, B=B, x=x0: manopt(A, B, x)
+        for row, call in calls.items():
+            x, wall, cpu = once(call)
+            q = np.asarray(stiefel.retract(np.asarray(x), B))
+            gap = (-0.5 * float(np.trace(q.T @ A @ q)) - best) / scale
+            rows.append({"constraint": name, "row": row, "relative gap": max(gap, 0.0), "seconds": wall, "CPU seconds": cpu})
     return rows
 
 
-def pymanopt_solution(A: np.ndarray, B: np.ndarray, x0: np.ndarray) -> np.ndarray:
+def manopt(A: np.ndarray, B: np.ndarray, x0: np.ndarray) -> np.ndarray:
     """Steepest descent on the Stiefel manifold after whitening: the package has no B."""
     import pymanopt
     from pymanopt.manifolds import Stiefel
@@ -175,54 +324,39 @@ def pymanopt_solution(A: np.ndarray, B: np.ndarray, x0: np.ndarray) -> np.ndarra
     return np.linalg.solve(lower.T, found.point)
 
 
-def digits(steps: int) -> Rows:
-    """Canonical correlations of the halves of the digits, from batches and from all data."""
-    from sklearn.cross_decomposition import CCA
-    from sklearn.datasets import load_digits
-
-    images = load_digits().images / 16.0
-    views = images[:, :, :4].reshape(-1, 32), images[:, :, 4:].reshape(-1, 32)
-    exact = stiefel.CCA(*views, p=5, ridge=1e-3)
-    best, rows = -float(exact.optimum), []
-    methods = {"flagship: one batch, preconditioned": stiefel.StochasticLanding(tl.Inverse(0.7, offset=50.0), preconditioner="auto"),
-               "u-statistic, preconditioned": stiefel.StochasticLanding(tl.Inverse(0.7, offset=50.0), estimator="u_statistic",
-                                                                             preconditioner="auto"),
-               "the paper's averaged landing": stiefel.StochasticLanding(0.1, batch_size=128, average="first_pass", safe=None),
-               "rolling Riemannian": stiefel.RollingRiemannian(0.1)}
-    for name, method in methods.items():
-        for _ in range(2):
-            began = time.perf_counter()
-            sol = tl.iterate(exact, method, steps=steps, every=5, stop=tl.Below("gap", 0.01 * best), throw=False)
-            took = time.perf_counter() - began
-        rows.append({"row": name, "batches to 1 %": sol.steps if sol.status.good else None, "relative gap": float(sol.history["gap"][-1]) / best,
-                     "seconds": took})
-    centred = [view - view.mean(0) for view in views]
-    began = time.perf_counter()
-    scores = CCA(n_components=5, max_iter=1000).fit(*centred).transform(*centred)
-    took = time.perf_counter() - began
-    found = sum(np.corrcoef(scores[0][:, i], scores[1][:, i])[0, 1] for i in range(5))
-    return [*rows, {"row": "scikit-learn CCA (NIPALS, no ridge)", "batches to 1 %": None, "relative gap": 1 - found / best, "seconds": took}]
+def parts(quick: bool) -> dict[str, tuple[str, Callable[[], Rows]]]:
+    """Title and table of each part."""
+    rounds = 3 if quick else 5
+    return {
+        "step": ("One step", lambda: step(rounds, *((200, 50) if quick else (1000, 500)))),
+        "stream": ("One step of streaming canonical correlations", lambda: stream(rounds, *((256, 64, 4) if quick else (2048, 512, 16)))),
+        "growth": ("Growth of that step", lambda: growth(rounds, *(((256, 512), (64, 128), 4) if quick
+                                                                   else ((4096, 8192, 16_384, 32_768), (128, 256, 512, 1024), 16)))),
+        "memory": ("Peak memory", lambda: memory(*((2000, (32,), 4) if quick else (50_000, (64, 128, 512), 16)))),
+        "batch": ("A batch of problems", lambda: batch(rounds, *((8, 16, 2) if quick else (64, 64, 8)))),
+        "whole": ("A whole solution", lambda: whole(*((100, 5, 1e-6) if quick else (1000, 10, 1e-8)))),
+    }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print the tables."""
-    parser = report.parser(__doc__, "smaller problems, fewer rounds")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the tables")
+def main(argv: list[str] | None = None, doc: str | None = __doc__, parts: Callable[[bool], Any] = parts) -> int:
+    """Measure and print each table when it is finished."""
+    parser = report.parser(doc, "smaller problems, fewer rounds")
+    names = list(parts(True))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the tables")
     options = parser.parse_args(argv)
-    quick, tables = options.quick, {}
-    rounds = 3 if quick else 7
-    if "step" in options.only:
-        tables["One step"] = step(rounds, *((200, 50) if quick else (1000, 500)))
-    if "stream" in options.only:
-        tables["One step of streaming CCA"] = stream(rounds, *(((256, 512), 64, 4) if quick else ((2048, 4096, 8192), 512, 16)))
-    if "batch" in options.only:
-        tables["A batch of problems"] = batch(rounds, *((8, 16, 2) if quick else (64, 64, 8)))
-    if "whole" in options.only:
-        tables["A whole solution"] = whole(*((100, 5, 1e-6) if quick else (1000, 10, 1e-8)))
-    if "digits" in options.only:
-        tables["Canonical correlations of digits"] = digits(100 if quick else 2000)
-    left_out = ", ".join(name for name in ("pymanopt",) if importlib.util.find_spec(name) is None)
-    report.show(tables, options, **{"left out": left_out or "nothing"})
+    tables: dict[str, Rows] = {}
+    for name, (title, table) in parts(options.quick).items():
+        if name not in options.only:
+            continue
+        tables[title] = rows = table()
+        if not options.json:
+            head = list(rows[0])
+            cells = [[report._cell(row[column], any(word in column for word in ("error", "gap", "tol"))) for column in head] for row in rows]
+            print(f"\n{'### ' if options.markdown else ''}{title}\n")
+            print("\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells]) if options.markdown
+                  else text_table(head, cells), flush=True)
+    missing = ", ".join(name for name in PEERS if not present(name))
+    report.show(tables if options.json else {}, options, **{"left out (not installed)": missing or "nothing"})
     return 0
 
 

@@ -21,7 +21,7 @@ from theorylab.lab.style import COLORS, figsize, look, paper_style
 
 SIZE = 200
 game = acvi.matrix_game(rows=SIZE, key=1)
-sol = tl.solve(game, tolerance=1e-8, every=10)
+sol = tl.solve(game, tolerance=1e-8)
 proof = acvi.certificate(game, sol.value)
 print(type(sol.method).__name__, sol.status.name, "after", sol.steps, "steps")
 print(f"gap {float(proof.bound):.1e}, value between {proof.value_interval[0]:.12f} and {proof.value_interval[1]:.12f}")
@@ -39,14 +39,14 @@ began = time.perf_counter()
 lp = linprog(np.append(np.zeros(SIZE), 1.0), A_ub=np.c_[A.T, -np.ones(SIZE)], b_ub=np.zeros(SIZE), A_eq=np.append(np.ones(SIZE), 0.0)[None],
              b_eq=[1.0], bounds=[(0, None)] * SIZE + [(None, None)], method="highs")
 highs = time.perf_counter() - began
-again = tl.solve(game, tolerance=1e-8, every=10).stats.run_seconds
+again = tl.solve(game, tolerance=1e-8).stats.run_seconds
 low, high = proof.value_interval
 print(f"value by HiGHS {lp.fun:.12f}; inside the interval: {bool(low - 1e-12 <= lp.fun <= high + 1e-12)}")
 print(f"HiGHS {1e3 * highs:.0f} ms; solve {1e3 * again:.0f} ms, compilation left out")
 
 # %% [markdown]
-# For one game of this size a linear program is a good tool, and HiGHS returns a vertex, exact to round-off. What `solve` adds: its stop rule is the
-# proof, it needs nothing of $A$ but products, and it works inside `jit` and `vmap`.
+# For one game of this size both are good tools: `solve` takes the interior-point method here, and HiGHS returns a vertex. What `solve` adds: its
+# stop rule is the proof, and it works inside `jit` and `vmap`, so that a thousand games are one call.
 #
 # ## Work against precision
 #
@@ -80,8 +80,8 @@ with paper_style():
 
 # %% [markdown]
 # Left: restarts turn the slow tail of the first-order methods into straight lines. The restarted primal-dual method (PDHG) needs fewer evaluations
-# than restarted ACVI, about half on average over such games, and is what `solve` takes for a matrix game. ACVI is for what the primal-dual method
-# cannot do: operators that are no matrix game, and constraints that are no simplex.
+# than restarted ACVI, about half on average over such games, and is what `solve` takes for games that are too large to factor. ACVI is for what the
+# primal-dual method cannot do: operators that are no matrix game, and constraints that are no simplex.
 #
 # Right: the same runs against the clock, where projections onto simplices and factorizations count too, so that the order may be another one. The
 # interior point takes fifteen steps, each of which costs $O(N^3)$, and ends at round-off. The star is HiGHS.

@@ -98,7 +98,8 @@ def test_the_python_blocks_of_the_page_run_from_top_to_bottom(path, tmp_path, mo
 # Examples that take more than three seconds, nearly all of it compiling.
 LONG = {"sklearn_moe.TopKMoERegressor", "sklearn.StochasticCCA", "sklearn.LandingICA", "mean_field.mean_field_error", "nested.AmIGO",
         "routing.RoutingSearch", "routing.best_run", "study.rate_study", "selection.select_order", "implicit.implicit",
-        "exponent.exponent_certificate", "desingularized.Desingularized", "outer.OuterDescent", "starts.best_start"}
+        "exponent.exponent_certificate", "desingularized.Desingularized", "outer.OuterDescent", "starts.best_start",
+        "starts.general_start"}
 
 
 def example(module: str, name: str) -> object:

@@ -37,7 +37,7 @@ class ToleranceError(TheorylabError, ValueError):
     """A tolerance cannot be reached in the precision of the data."""
 
 
-class UnknownNameError(TheorylabError, LookupError):
+class UnknownNameError(TheorylabError, LookupError, ValueError):
     """A name (figure, claim, preset, metric, choice) is not known; the message lists the nearest ones."""
 
     @classmethod

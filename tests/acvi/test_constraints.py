@@ -284,3 +284,18 @@ def test_a_polyhedron_without_interior_is_refused():
 def test_bad_sets_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_sets_that_know_their_dimension_stand_alone_in_a_product():
+    last = (acvi.Nonnegative(), 1)
+    alone, pairs = acvi.Product([acvi.Ball(np.zeros(3), 1.0), last]), acvi.Product([(acvi.Ball(0.0, 1.0), 3), last])
+    assert alone.sizes == pairs.sizes == (3, 1)
+    assert np.array_equal(alone.project(POINTS[-1]), pairs.project(POINTS[-1]))
+    with pytest.raises(ArgumentError, match="pairs"):
+        acvi.Product([acvi.Nonnegative()])
+
+
+def test_whole_numbers_do_not_cut_the_data_of_a_set():
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(acvi.Ball(0.5, 1.0).project(jnp.array([3, 4])), acvi.Ball(0.5, 1.0).project(jnp.array([3.0, 4.0])))
+        np.testing.assert_allclose(acvi.HalfSpace([0.5, 1.0], 0.5).project(jnp.array([1, 1])), acvi.HalfSpace([0.5, 1.0], 0.5).project(jnp.ones(2)))

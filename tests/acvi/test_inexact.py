@@ -12,7 +12,7 @@ import pytest
 import theorylab as tl
 from theorylab import acvi
 from theorylab.acvi.inexact import Krylov, Root
-from theorylab.errors import ArgumentError
+from theorylab.errors import ArgumentError, InfeasibleStartError
 
 PAPER = acvi.InexactACVI(0.5, acvi.MuSchedule(1e-6, 0.8, 100, 10), inner=acvi.GradientDescentAscent(0.05), inner_steps=10, barrier_steps=10,
                          barrier_step_size=0.05, output="x")
@@ -151,6 +151,16 @@ def test_leaving_the_domain_fails_or_is_stepped_back():
 def test_a_start_outside_is_moved_inside():
     state = acvi.InexactACVI(0.5, 1e-3, barrier_steps=3).prepare(GAME).init(GAME, jnp.full(12, -1.0), key=KEY)
     assert float(jnp.min(state.y)) > 0 and float(jnp.abs(state.v - state.y).max()) == 0
+
+
+def test_gradient_steps_in_y_refuse_a_given_start_on_the_boundary():
+    steps = acvi.InexactACVI(0.5, 1e-3, inner=acvi.GradientDescentAscent(0.05), barrier_steps=3)
+    corner = np.r_[1.0, np.zeros(4), 1.0, np.zeros(6)]
+    for x0, runs in ((corner, None), (np.stack([np.full(12, 0.1), corner]), 2)):
+        with pytest.raises(InfeasibleStartError, match="x0 must be strictly inside the constraints, its smallest slack is 0"):
+            tl.iterate(GAME, steps, x0, steps=1, runs=runs)
+    for method in (steps.replace(barrier_steps=None), steps.replace(barrier=acvi.ExtendedLogBarrier(switch=0.05))):
+        assert tl.iterate(GAME, method, corner, steps=1).status.good
 
 
 def test_accuracy_bounds_the_error_of_every_x_step():

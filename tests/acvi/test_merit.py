@@ -116,6 +116,11 @@ def test_the_central_path_of_the_square_passes_through_the_quoted_points():
     np.testing.assert_allclose(np.asarray(path)[::-1], np.array(list(CUBE_PATH.values())), atol=1e-14)
 
 
+def test_one_weight_gives_one_point():
+    square = acvi.constrained_bilinear()
+    assert np.array_equal(acvi.central_path(square, 1.0), acvi.central_path(square, [1.0])[0])
+
+
 def test_the_central_path_gap_of_a_game_has_its_closed_form():
     mus = [1e-1, 1e-3, 1e-6]
     for mu, x in zip(mus, acvi.central_path(GAME, mus)):
@@ -161,7 +166,7 @@ def test_the_central_path_ends_at_known_solutions(name):
     (lambda: acvi.certificate(GAME, np.ones(12), sharp=True), ArgumentError, "belong to the form"),
     (lambda: acvi.certificate(GAME, np.ones(12), np.ones(12), np.ones(11), np.ones(12)), ShapeError, "multiplier must have shape"),
     (lambda: acvi.central_path(GAME, [1.0, -1.0]), ArgumentError, "mus must be above 0"),
-    (lambda: acvi.central_path(GAME, 1.0), ShapeError, "mus must have shape"),
+    (lambda: acvi.central_path(GAME, np.ones((2, 2))), ShapeError, "mus must have shape"),
     (lambda: acvi.central_path(GAME, [1.0], barrier="cubic"), LookupError, "barrier"),
     (lambda: acvi.central_path(acvi.games.toy_gan(), [1.0], barrier="entropy"), ArgumentError, "Nonnegative"),
     (lambda: acvi.quantal_response(GAME, 0.0), ArgumentError, "mu must be a number above 0"),

@@ -75,7 +75,9 @@ def test_solve_ends_with_a_certified_gap():
 
 
 def test_the_default_method_depends_on_the_class():
-    assert type(GAME.default_method()).__name__ == "PrimalDualHybridGradient"
+    assert type(GAME.default_method()).__name__ == "InteriorPoint"
+    large, single = np.zeros((2, 2047)), np.zeros((3, 5), np.float32)
+    assert {type(acvi.MatrixGame(A).default_method()).__name__ for A in (large, single)} == {"PrimalDualHybridGradient"}
     assert type(acvi.games.constrained_bilinear().default_method()).__name__ == "HalpernACVI"
     assert type(acvi.games.toy_gan().default_method()).__name__ == "HalpernACVI"
 
@@ -126,6 +128,16 @@ def test_replace_checks_again_and_keeps_the_rest():
     assert np.array_equal(problem.replace(args=2 * jnp.eye(2)).operator(jnp.ones(2)), [2, 2])
     with pytest.raises(ShapeError, match="operator must return"):
         problem.replace(dim=2, args=jnp.ones((3, 2)))
+
+
+def test_functions_of_x_alone_stand_for_functions_of_x_and_args():
+    turn = lambda x: jnp.stack([x[1], -x[0]])
+    one, two = (acvi.VariationalInequality(function, 2, constraints=acvi.Box(-1.0, 1.0)) for function in (turn, lambda x, a: turn(x)))
+    assert np.array_equal(one.operator(jnp.array([1.0, 2.0])), two.operator(jnp.array([1.0, 2.0])))
+    again = acvi.VariationalInequality(turn, 2, constraints=acvi.Box(-1.0, 1.0))
+    assert hash(one.function) == hash(again.function) and one.replace(x0=np.ones(2)).function == one.function, "compiles once"
+    disc = acvi.Smooth(lambda x: x @ x - 1.0, inside=jnp.zeros(2))
+    assert float(disc.barrier(jnp.array([0.6, 0.0]))) == pytest.approx(-np.log(0.64))
 
 
 def test_a_matrix_that_is_not_monotone_is_warned_about():

@@ -146,6 +146,14 @@ def test_a_gauss_hermite_split_changes_the_density_at_order_2m(m, last):
     assert tv[1] == pytest.approx(last, rel=5e-3)
 
 
+def test_points_alone_are_summed_with_equal_weights():
+    x = np.linspace(-1, 1, 7)
+    pair = float(hellinger(S1, A4_OTHER, (x[:, None], np.full(7, 1 / 7))).value)
+    for points in (x, x[:, None], jnp.asarray(x)[:, None]):
+        assert float(hellinger(S1, A4_OTHER, points).value) == pytest.approx(pair, rel=1e-13)
+    assert float(hellinger(S1, A4_OTHER).value) == float(hellinger(S1, A4_OTHER, (0.0, 1.0)).value)
+
+
 def test_distances_work_in_jit_and_keep_float32():
     low = jax.tree.map(lambda a: a.astype(jnp.float32), S1)
     found = jax.jit(lambda m: hellinger(m, low, WIDE, panels=2).value)(low.replace(variance=low.variance * np.float32(1.2)))

@@ -111,6 +111,12 @@ def test_the_infimum_is_the_one_a_general_optimizer_finds(kind, K):
     assert loss == pytest.approx(brute(best, truth, kind, cells=cells), rel=1e-12)
 
 
+def test_a_weight_that_overflows_is_infinite_too():
+    away = S1.replace(gate_intercept=[800.0, 0.0, 0.0])
+    with pytest.warns(RunWarning, match="overflows"):
+        assert float(voronoi_loss(away, S1)) == np.inf
+
+
 def test_an_empty_cell_is_infinite_with_a_warning():
     fit = S1.permuted([0, 0, 2])
     with pytest.warns(RunWarning, match="empty cell"):

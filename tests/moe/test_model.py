@@ -196,6 +196,13 @@ def test_a_batch_of_mixtures_is_evaluated_by_vmap():
     assert "float64[2]" in repr(batch)
 
 
+def test_settings_have_names_too():
+    assert (moe.example("dense").pack() == moe.example("S2").pack()).all()
+    lines = moe.example("two-experts")
+    assert (lines.pack() == moe.example("S0").pack()).all() and lines.selection == "slope"
+    assert np.asarray(lines.routing(np.linspace(0.01, 1, 5))).tolist() == [[True, False]] * 5
+
+
 def test_the_printed_form_shows_every_expert():
     assert repr(S1).startswith("Mixture(experts=3, active=2, dim=1, selection='slope')") and repr(S1).count("variance") == 3
 

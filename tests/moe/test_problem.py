@@ -195,7 +195,7 @@ HOLE = np.where(np.arange(20) == 7, np.nan, Y)
     (lambda: bad(y=Y[:-1]), errors.ShapeError, "y must have shape"),
     (lambda: bad(x=np.zeros((20, 1, 1))), errors.ShapeError, "x must have shape"),
     (lambda: bad(y=np.ones(20)), errors.ArgumentError, "y must vary"),
-    (lambda: bad(selection="both"), errors.UnknownNameError, "selection"),
+    (lambda: bad(selection="both"), ValueError, "selection must be one of 'slope', 'logit', got 'both'"),
     (lambda: bad(weight=-np.ones(20)), errors.ArgumentError, "weight must not be negative"),
     (lambda: bad(weight=np.ones(3)), errors.ShapeError, "weight must have shape"),
     (lambda: bad(y=Y.astype(np.float32)), errors.PrecisionError, "y"),

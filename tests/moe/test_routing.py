@@ -18,7 +18,7 @@ from theorylab.moe.em import EM
 from theorylab.moe.lbfgs import lbfgs
 from theorylab.moe.model import example
 from theorylab.moe.problem import Likelihood
-from theorylab.moe.routing import Routing, RoutingSearch, best_run, perturbed, scattered
+from theorylab.moe.routing import Routing, RoutingSearch, _patterns, best_run, perturbed, scattered
 from theorylab.moe.scan import scan_breakpoints
 
 S0, S1 = example("S0"), example("S1")
@@ -113,6 +113,19 @@ def test_a_scattered_start_fits_each_expert_to_its_neighbourhood():
         np.testing.assert_allclose(start.expert_matrix[j], np.linalg.lstsq(w[:, None] * z, w * np.asarray(likelihood.y), rcond=None)[0], atol=1e-8)
     standardized = standard(likelihood, start.gate_matrix)
     np.testing.assert_allclose(standardized[:, 0], -((standardized[:, 1] / 2) ** 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("selection", ["slope", "logit"])
+def test_a_round_of_patterns_climbs_by_the_gate_alone(selection):
+    truth = example("S3", selection=selection)
+    likelihood = Likelihood(*truth.sample(200, key=0, low=-1.0), experts=4, active=2, selection=selection)
+    wrong = truth.replace(gate_coef=truth.gate_coef[::-1])
+    found = jax.jit(lambda m: _patterns(likelihood, m, jax.random.key(0), True))(wrong)
+    np.testing.assert_array_equal(found.expert_matrix, wrong.expert_matrix)
+    before, after, best = (float(likelihood.log_likelihood(m)) for m in (wrong, found, truth))
+    assert after > before + 0.5 * (best - before)
+    again = jax.jit(lambda m: _patterns(likelihood, m, jax.random.key(1), True))(found)
+    assert float(likelihood.log_likelihood(again)) >= after - 1e-9
 
 
 def brute_scan(logs):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import theorylab as tl
 from tests.moe import cases
 from theorylab import errors, moe
+from theorylab.moe.starts import _thinned
 
 S0, S1 = moe.example("S0"), moe.example("S1")
 MANY = 400
@@ -103,6 +105,27 @@ def test_the_best_start_avoids_a_poor_local_maximum():
     best = moe.best_start(likelihood, key=0)
     assert float(likelihood.log_likelihood(best)) > float(likelihood.log_likelihood(moe.kmeans(likelihood, key=0)))
     assert float(likelihood.log_likelihood(best)) > -432  # there is a local maximum at -432.49
+
+
+def test_of_many_rows_the_short_fits_see_an_even_sample_of_those_that_count():
+    n = 5000
+    at = np.arange(n, dtype=float)
+    weight = (at % 5 == 0) * (at < 2500)                              # 500 rows of positive weight among 5000
+    problem = moe.Likelihood(at, np.sin(at), 2, 2, weight=weight)
+    rows = np.asarray(_thinned(problem, jax.random.key(0)).x[:, 0])
+    assert len(rows) == 2048 and set(rows) == set(at[weight > 0])
+    assert set(np.unique(rows, return_counts=True)[1]) <= {3, 4, 5, 6}
+    even = np.asarray(_thinned(moe.Likelihood(at, np.sin(at), 2, 2), jax.random.key(0)).x[:, 0])
+    assert len(np.unique(even)) > 0.9 * 2048 and np.diff(even).min() >= 0 and np.diff(even).max() <= 2 * n / 2048 + 1
+
+
+@pytest.mark.slow
+def test_the_best_start_of_many_rows_leads_to_the_maximum():
+    truth = S0.replace(active=2, selection="slope")
+    likelihood = moe.Likelihood(*truth.sample(6000, key=1), 2, 2)
+    fits = [tl.iterate(likelihood, moe.EM(), start, steps=200, stop=tl.Below("gain", 1e-10), throw=False).history["log_likelihood"][-1]
+            for start in (moe.best_start(likelihood, key=0), truth)]
+    assert abs(fits[0] - fits[1]) < 1e-3
 
 
 @pytest.mark.slow

@@ -31,6 +31,16 @@ def test_passes_are_the_steps_of_em_in_memory():
     assert abs(sol.history["log_likelihood"][-1] - cases.A5_LIKELIHOOD) < 1e-8
 
 
+def test_a_stream_need_not_be_read_beforehand():
+    x, y = (np.asarray(a) for a in cases.s1_data())
+    rows = tl.Rows(np.column_stack([x, y]), 64, columns=(1, 1), remainder="weight")
+    sol = tl.iterate(moe.Likelihood.streamed(experts=3, active=2), moe.StreamedEM(rows.per_pass), S1, steps=13 * rows.per_pass,
+                     every=rows.per_pass, data=rows)
+    assert abs(sol.history["log_likelihood"][-1] - cases.A5_LIKELIHOOD) < 1e-8
+    np.testing.assert_allclose(sol.value.pack(), cases.A5_FIT, atol=2e-5)
+    assert sol.history["score_norm"][-1] < 1e-6
+
+
 def test_refused_steps_cost_a_pass_and_keep_the_likelihood_monotone():
     rows = stream()
     likelihood = moe.Likelihood.streamed(rows, 3, 2)
@@ -46,6 +56,8 @@ def test_refused_steps_cost_a_pass_and_keep_the_likelihood_monotone():
 
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: moe.StreamedEM(0), errors.ArgumentError, "StreamedEM: per_pass must be at least 1"),
+    (lambda: tl.iterate(moe.Likelihood.streamed(experts=3, active=2), moe.EM(), S1, steps=1), errors.ArgumentError, "use StreamedEM"),
+    (lambda: moe.Likelihood.streamed(experts=3, active=4), errors.ArgumentError, "active must be"),
     (lambda: moe.StreamedEM(3, gate="no"), errors.ArgumentError, "gate must be one of"),
     (lambda: tl.iterate(cases.s1_likelihood(), moe.StreamedEM(3), S1, steps=1), errors.ArgumentError, "per_pass must be that of the problem, None"),
     (lambda: tl.iterate(cases.s1_likelihood(per_pass=3), moe.StreamedEM(3), moe.example("S2"), steps=1), errors.ShapeError, "x0 must have 3"),

@@ -37,12 +37,22 @@ def test_the_density_and_the_parameters_of_exact_fits_have_the_rate_one_half():
         assert -0.65 < np.polyfit(np.log(table.n), np.log(np.median(table[name], axis=1)), 1)[0] < -0.35
 
 
+@pytest.mark.slow
+def test_of_several_starts_the_best_is_kept():
+    # With a fourth expert to place, starts attach it to different atoms and end in different maxima.
+    options = {"key": 0, "law": (-1.0, 1.0), "active": 3, "steps": 500, "tolerance": 1e-5, "distance": False}
+    one, four = (rate_study(S1, 4, [200], 6, starts=starts, **options)["log_likelihood"] for starts in (1, 4))
+    assert one.shape == four.shape == (1, 6)
+    assert four.mean() > one.mean()
+
+
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: rate_study(3, 3, [100], 2, key=0), ArgumentError, "truth must be a Mixture, got int"),
     (lambda: rate_study(S1, 2, [100], 2, key=0), ArgumentError, "experts must be a whole number at least 3"),
     (lambda: rate_study(S1, 3, [5], 2, key=0), ArgumentError, "sizes must be a whole number at least 9"),
     (lambda: rate_study(S1, 3, [], 2, key=0), ArgumentError, "at least one sample size"),
     (lambda: rate_study(S1, 3, [100], 2, key=0, active=4), ArgumentError, "active must be"),
+    (lambda: rate_study(S1, 3, [100], 2, key=0, starts=0), ArgumentError, "starts must be"),
     (lambda: rate_study(S1, 3, [100], 2, key=0, law=1.0), ArgumentError, "law must be"),
     (lambda: rate_study(S1, 3, [100], 2, key=0, kind="D1"), UnknownNameError, "kind 'D1'"),
     (lambda: rate_study(S1, 3, [100], 2, key=0, tolerance=0.0), ArgumentError, "tolerance must be"),

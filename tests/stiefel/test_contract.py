@@ -41,6 +41,12 @@ NEGATIVE = B - 1.5 * np.eye(N)
     (lambda: stiefel.CCA(DATA, OTHER[:-1], p=2), ShapeError, "same length along axis 0"),
     (lambda: stiefel.CCA(DATA, np.hstack([OTHER[:, :1]] * 3), p=2), MatrixError, "the covariance of Y must have rank at least p = 2"),
     (lambda: stiefel.StiefelProblem(nothing, np.stack([B, B]), p=2), ShapeError, "B must be a square matrix"),
+    (lambda: stiefel.StiefelProblem(nothing, np.diag([1.0, 0, 0]), p=2), MatrixError, "B must have rank at least p = 2 .*, got rank 1"),
+    (lambda: stiefel.GEVP(A, np.diag([1.0, 0, 0, 0, 0, 0]), p=2, reference="none"), MatrixError, "B must have rank at least p = 2"),
+    (lambda: stiefel.ICA(np.outer(DATA[:, 0], np.ones(3)), p=2), MatrixError, "the covariance of X must have rank at least p = 2 .*, got rank 1"),
+    (lambda: gevp().metrics(X + 1j), PrecisionError, "x must hold real numbers"),
+    (lambda: stiefel.CCA.streamed((DATA, OTHER), p=2).feed((DATA, DATA)), ShapeError, r"batch must have views of \(6, 4\) columns, got \(6, 6\)"),
+    (lambda: stiefel.ICA.streamed(DATA, p=2).feed(OTHER), ShapeError, "batch must have 6 columns, got 4"),
     # numbers
     (lambda: stiefel.Landing(0.0), ArgumentError, "step_size must be above 0"),
     (lambda: stiefel.Landing(-0.1), ArgumentError, "step_size must be above 0"),
@@ -71,6 +77,20 @@ def test_whole_numbers_are_promoted_without_a_warning_and_a_low_rank_is_told():
         assert stiefel.GEVP(np.diag([3, 2, 1]), None, p=1).dtype == jnp.float64
     with pytest.warns(UserWarning, match="B has rank 4 of 6: .*add a ridge"):
         stiefel.GEVP(np.zeros((N, N)), np.diag([1.0, 1, 1, 1, 0, 0]), p=2)
+
+
+def test_a_stream_of_rows_as_the_constraint_makes_a_streamed_problem_and_an_objective_may_take_the_point_alone():
+    problem = stiefel.StiefelProblem(lambda x: -jnp.sum(x), tl.Rows(DATA, 20), p=2)
+    assert problem.fed and np.abs(problem.operator.matrix() - DATA[:20].T @ DATA[:20] / 20).max() < 1e-12
+    assert abs(problem.metrics(np.ones((N, 2)) / 10)["objective"] + 0.2 * N) < 1e-12
+    function = stiefel.GEVP(lambda x: 2 * x, lambda x: x, p=2, n=4)
+    assert function.dims == (4,) and function.metrics(np.eye(4, 2))["objective"] == -2
+
+
+def test_points_take_the_precision_of_the_data():
+    low = stiefel.GEVP(np.diag([3.0, 2, 1]).astype(np.float32), np.eye(3, dtype=np.float32), p=1)
+    assert low.pack(np.eye(3, 1))[0].dtype == jnp.float32
+    assert gevp().pack(np.ones((N, 3), np.float32))[0].dtype == jnp.float64
 
 
 def test_a_pass_of_one_batch_is_the_whole_data():

@@ -160,7 +160,7 @@ def test_rows_of_padding_do_not_change_the_u_statistic():
     xt = jnp.asarray(X5.T)
     for normal in ("gradient", "newton_schulz"):
         plain = stiefel.u_statistic_field(a, c, X5, 0.2, normal=normal)
-        padded = u_statistic_of(pad(a), jnp.asarray(7.0), pad(c).T, xt, xt @ pad(a).T, 0.2, 1.0, normal=normal).T
+        padded = u_statistic_of(stiefel.Gram(pad(a), jnp.asarray(7.0), 0.2), pad(c).T, xt, xt @ pad(a).T, 1.0, normal=normal).T
         assert np.abs(plain - padded).max() < 1e-12
 
 
@@ -225,6 +225,8 @@ def test_one_column_and_square_points_work_with_the_identity(p):
     (lambda: stiefel.two_sample_field(*[np.ones((2, 1))] * 4, normal="x"), UnknownNameError, "normal"),
     (lambda: stiefel.u_statistic_field(np.ones((2, 3)), np.ones((2, 1)), np.ones((3, 1))), ArgumentError, "at least 3 rows"),
     (lambda: stiefel.u_statistic_field(np.ones((4, 3)), np.ones((5, 1)), np.ones((3, 1))), ShapeError, "coefficients must have shape"),
+    (lambda: stiefel.u_statistic_field(np.ones((4, 3)), np.ones((4, 1)), np.ones((3, 1)), -1.0), ArgumentError, "ridge must be a number at least 0"),
+    (lambda: stiefel.u_statistic_field(np.ones((4, 3)), np.ones((4, 1)), np.ones((3, 1)), np.ones((2, 2))), ShapeError, "ridge must be 3 x 3"),
     (lambda: stiefel.relative_solved(*[np.ones((2, 1))] * 3, np.ones((1, 1))), ShapeError, "solved"),
 ])
 def test_bad_input_is_refused(call, error, words):

@@ -116,6 +116,19 @@ def test_three_positive_roots_occur_and_the_first_is_taken():
     assert abs(EXACT(h, w, z, radius, np.inf) - t[crossings[0]]) < 1e-6
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_exact_step_has_the_derivative_of_the_crossing(outside):
+    b, x, g, attraction, radius = instance(5, outside)
+    field, push, t = np.asarray(stiefel.landing_field(g, x, b @ x, attraction)), np.ones((N, P)) / 50, 1e-5
+
+    def step(s, largest):
+        return stiefel.safe_step_size(x + s * push, (1 + s) * field, b, radius, largest=largest)
+
+    slope, far = jax.grad(step)(0.0, jnp.inf), float(step(0.0, jnp.inf))
+    assert abs(slope - (step(t, jnp.inf) - step(-t, jnp.inf)) / (2 * t)) < 1e-6 * max(far, abs(slope))
+    assert [float(d) for d in jax.grad(step, (0, 1))(0.0, far / 2)] == [0, 1]       # the bound on the step is what stops it
+
+
 @pytest.mark.slow
 def test_float32_and_batches_of_steps():
     b, x, g, attraction, radius = instance(2)
@@ -134,6 +147,7 @@ def test_float32_and_batches_of_steps():
     ({"radius": 1.5, "rule": "official"}, ArgumentError, "above 0 and at most 1"),
     ({"rule": "best"}, UnknownNameError, "rule"),
     ({"normal": "best"}, UnknownNameError, "normal"),
+    ({"x": np.ones((1, 3)), "field": np.ones((1, 3))}, ShapeError, "at most as many columns as rows"),
     ({"field": np.ones((2, 1))}, ShapeError, "field must have the shape of x"),
     ({"B": np.eye(2)}, ShapeError, "B must be 3 x 3"),
 ])

@@ -43,7 +43,7 @@ def test_a_preconditioned_field_is_the_field_in_the_other_coordinates(estimator,
             return field_of(gt, zt, b1, zt @ b1.mT, 0.7, tangent="relative", normal=normal, inverse=inverse)
         if estimator == "two":
             return two_sample_of(gt, zt, b1, b2, 0.7, normal=normal, inverse=inverse)
-        return u_statistic_of(rows, jnp.asarray(9.0), jnp.asarray(C.T), zt, zt @ rows.mT, ridge, 0.7, normal=normal, inverse=inverse)
+        return u_statistic_of(stiefel.Gram(rows, None, ridge), jnp.asarray(C.T), zt, zt @ rows.mT, 0.7, normal=normal, inverse=inverse)
 
     for t, inverse in ((PC, PC @ PC.T), (np.diag(np.diag(PC)), np.diag(PC) ** 2)):      # a matrix, and a diagonal one
         there = t @ np.asarray(field(t, None)).T
@@ -178,7 +178,29 @@ def test_batches_that_do_not_divide_over_devices_are_refused():
     assert spread(batch, None) is batch
 
 
+@pytest.mark.parametrize("estimator", ["one_batch", pytest.param("u_statistic", marks=pytest.mark.slow)])
+def test_fed_rows_are_centred_without_a_copy(estimator):
+    away = stiefel.CCA.streamed((DATA + 3, OTHER - 2), p=2, ridge=0.1)       # the same problem, all rows moved
+    plain, method = stiefel.CCA(DATA, OTHER, p=2, ridge=0.1), stiefel.StochasticLanding(0.1, 60, estimator=estimator, order="sequential")
+    x0 = plain.start(jax.random.key(0))
+    for one, other in zip(*(walk(method, problem, x0, 2).x for problem in (plain, away.feed((DATA + 3, OTHER - 2)))), strict=True):
+        assert np.abs(one - other).max() < 1e-12
+
+
+def test_a_streamed_step_needs_memory_for_the_batch_and_a_few_points():
+    n, rows, p = 20_000, 64, 4
+    problem = stiefel.CCA.streamed(tuple(np.eye(8, n, dtype=np.float32) for _ in range(2)), p=p, ridge=1e-3)
+    method, x0 = stiefel.StochasticLanding(0.1), problem.start(jax.random.key(0))
+    batch = tuple(jax.ShapeDtypeStruct((rows, n), jnp.float32) for _ in range(2))
+    state = jax.eval_shape(lambda b: method.init(problem.feed(b), x0, key=jax.random.key(0)), batch)
+    used = jax.jit(lambda s, b: method.step(problem.feed(b), s, key=None)).lower(state, batch).compile().memory_analysis()
+    assert used.temp_size_in_bytes + used.output_size_in_bytes < 4 * 16 * n * p            # no copy of the rows
+
+
 @pytest.mark.parametrize(("call", "words"), [
+    (lambda: stiefel.StochasticLanding(None), "step_size must be a number or a schedule, got None"),
+    (lambda: stiefel.StochasticLanding(0.1, 8, estimator="three"), "estimator must be one of"),
+    (lambda: tl.solve(stiefel.CCA.streamed((DATA, OTHER), p=2)), "data must be given for a streamed CCA"),
     (lambda: stiefel.StochasticLanding(0.1, preconditioner="cholesky"), "preconditioner must be one of"),
     (lambda: stiefel.StochasticLanding(0.1, matmul="float16"), "matmul must be one of"),
     (lambda: stiefel.StochasticLanding(0.1, refresh=0), "refresh must be at least 1"),

@@ -90,6 +90,31 @@ def test_sinkhorn_survives_growth_beyond_the_range_of_numbers_of_sinh_and_has_de
     np.testing.assert_allclose(slope, (at(1 + h) - at(1 - h)) / (2 * h), rtol=1e-7, atol=1e-8)
 
 
+def test_one_time_gives_one_state():
+    flow = tp.GaussianFlow(tp.Softmax(Q, K, 1.3))
+    one, row = tp.closed_form(flow, FULL, 0.1), tp.closed_form(flow, FULL, [0.1])
+    np.testing.assert_array_equal(one.cov, row.cov[0])
+    assert one.mean.shape == (3,)
+
+
+@pytest.mark.parametrize("kind", [tp.Softmax, tp.L2, tp.Sinkhorn, tp.Linear])
+def test_a_matrix_that_is_a_multiple_of_the_identity_counts_as_the_number(kind):
+    times = np.array([0.05, 0.1])
+    matrix, number = (tp.closed_form(tp.GaussianFlow(kind(K, K, v, 0.7)), FULL, times) for v in (-0.8 * np.eye(3), -0.8))
+    np.testing.assert_allclose(matrix.cov, number.cov, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [tp.Softmax, tp.L2, tp.Sinkhorn])
+def test_diagonal_matrices_decouple_the_coordinates(kind):
+    Q, K, V = np.diag([1.0, -2.0, 0.7]), np.diag([1.0, 0.5, 0.0]), np.diag([1.0, -2.0, 0.5])
+    for last in (0.5,) if kind is tp.Sinkhorn else (0.5, 0.0):                  # the root of a singular covariance is not to be had from SciPy
+        variances = [0.8, 0.3, last]
+        assert_follows(kind(Q, K, V, 0.7), tp.Gaussian(MEAN, np.diag(variances)), 0.1)
+    flow = tp.GaussianFlow(tp.Softmax(np.eye(3), np.eye(3), np.diag([1.0, 2.0, -1.0])))
+    with pytest.raises(ArgumentError, match=r"below the blow-up time 0\.25, got 0\.25"):
+        tp.closed_form(flow, tp.Gaussian.standard(3), [0.25])
+
+
 def test_linear_attention_at_zero_mean_is_softmax():
     times = [0.0, 0.05]
     one, other = (tp.closed_form(tp.GaussianFlow(kind(Q, K, 1.3)), FULL, times) for kind in (tp.Linear, tp.Softmax))

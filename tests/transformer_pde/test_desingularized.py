@@ -9,7 +9,7 @@ import pytest
 
 import theorylab as tl
 from theorylab import transformer_pde as tp
-from theorylab.errors import ArgumentError, ShapeError
+from theorylab.errors import ArgumentError, NoClosedFormError, ShapeError
 from theorylab.transformer_pde.rosenbrock import rosenbrock
 
 Q = np.array([[0.5, 0.2], [-0.1, 0.4]])
@@ -64,6 +64,10 @@ def test_the_implicit_solver_has_order_five_and_crosses_stiffness():
 
 BAD = {
     "clock state": (lambda: tl.integrate(tp.Desingularized(HEAD), 1.0, [0.0, 1.0]), ArgumentError, "must be a Gaussian, got"),
+    "clock attention": (lambda: tp.Desingularized(np.eye(2)), ArgumentError, "attention must be a Softmax, .* got ndarray"),
+    "clock tokens": (lambda: tp.Desingularized(tp.Masked(HEAD)), ArgumentError, "which Masked does not"),
+    "clock mean": (lambda: tl.integrate(tp.Desingularized(tp.Linear(*[np.eye(2)] * 3)), tp.Gaussian(np.ones(2), np.eye(2)), [0.0, 1.0]),
+                   NoClosedFormError, "use a state of zero mean"),
     "clock dim": (lambda: tl.integrate(tp.Desingularized(HEAD), tp.Gaussian.standard(1), [0.0, 1.0]), ShapeError, "must have dimension 2 .* got 1"),
 }
 

@@ -8,7 +8,7 @@ import scipy.integrate
 
 import theorylab as tl
 from theorylab import transformer_pde as tp
-from theorylab.errors import ArgumentError, ShapeError
+from theorylab.errors import ArgumentError, MatrixError, ShapeError
 
 Q = np.array([[0.5, 0.2], [-0.1, 0.4]])
 K = np.array([[0.3, -0.4], [0.2, 0.5]])
@@ -75,10 +75,22 @@ def test_a_blow_up_in_depth_is_a_status_with_its_time():
     assert sol.stats.counters["last_time"] == pytest.approx(float(tp.blow_up_time(flow, large)), rel=1e-7)
 
 
+def test_what_is_added_may_be_given_in_several_ways():
+    assert tp.GaussianFlow(HEAD, noise=0.1).form == "covariance" and tp.GaussianFlow(HEAD).form == "factor"
+    for layer in (W, (W, None), tp.FeedForward(W)):
+        found = tp.GaussianFlow(HEAD, feed_forward=layer).feed_forward
+        np.testing.assert_array_equal(found[0], W)
+        np.testing.assert_array_equal(found[1], np.zeros(2))
+
+
+BATCH = tp.Gaussian(np.zeros((3, 2)), np.stack([np.eye(2)] * 3))
 BAD = {
     "attention": (lambda: tp.GaussianFlow(V), ArgumentError, "attention must be a Softmax, .* got ndarray"),
     "form": (lambda: tp.GaussianFlow(HEAD, form="cholesky"), ArgumentError, "form must be one of 'factor', 'covariance', got 'cholesky'"),
-    "noise form": (lambda: tp.GaussianFlow(HEAD, noise=0.1), ArgumentError, "use form='covariance'"),
+    "noise form": (lambda: tp.GaussianFlow(HEAD, noise=0.1, form="factor"), ArgumentError, "use form='covariance'"),
+    "noise sign": (lambda: tp.GaussianFlow(HEAD, noise=-0.1), MatrixError, "noise must be positive semidefinite, got the eigenvalue -0.1"),
+    "noise symmetry": (lambda: tp.GaussianFlow(HEAD, noise=np.array([[1.0, 1.0], [0.0, 1.0]])), MatrixError, "noise must be symmetric"),
+    "no runs": (lambda: tl.integrate(tp.GaussianFlow(HEAD), BATCH, TIMES), ShapeError, r"no leading axes here, got \(3,\); .* runs=3"),
     "noise shape": (lambda: tp.GaussianFlow(HEAD, noise=np.eye(3), form="covariance"), ShapeError, "noise must be 2 x 2"),
     "feed-forward": (lambda: tp.GaussianFlow(HEAD, feed_forward=3.0), ArgumentError, r"a pair \(W, b\), got float"),
     "W": (lambda: tp.GaussianFlow(HEAD, feed_forward=(np.eye(3), None)), ShapeError, "feed_forward W must be 2 x 2"),

@@ -99,6 +99,18 @@ def test_moments_are_those_of_numpy(weighted, rng):
     state = tp.moments(tp.Cloud(points, weights))
     np.testing.assert_allclose(state.mean, np.average(points, axis=0, weights=weights), rtol=1e-13)
     np.testing.assert_allclose(state.cov, np.cov(points.T, aweights=weights, ddof=0), rtol=1e-12)
+    if not weighted:
+        np.testing.assert_array_equal(tp.moments(points).cov, state.cov)
+
+
+def test_a_cloud_knows_its_weights_also_when_none_were_given():
+    cloud = tp.Gaussian.standard(2).sample(8, key=0)
+    assert cloud.weights.tolist() == [0.125] * 8
+    assert len(jax.tree.leaves(cloud)) == 1                                       # equal weights take no memory
+    heavier = cloud.replace(weights=np.arange(8) / 28.0)
+    assert heavier.points is cloud.points and float(heavier.weights[7]) == 0.25
+    with pytest.raises(ArgumentError, match="replace takes points and weights, got mass"):
+        cloud.replace(mass=1.0)
 
 
 def test_small_eigenvalues_of_a_factor_are_seen_far_below_round_off():
@@ -128,6 +140,8 @@ BAD = {
     "weights shape": (lambda: tp.Cloud(np.zeros((3, 2)), np.ones(2) / 2), ShapeError, r"weights must have shape \(3,\)"),
     "weights sign": (lambda: tp.Cloud(np.zeros((2, 2)), [1.5, -0.5]), ArgumentError, "non-negative and sum to one, got smallest -0.5"),
     "weights sum": (lambda: tp.Cloud(np.zeros((2, 2)), [0.5, 0.4]), ArgumentError, "and sum 0.9"),
+    "tokens without entries": (lambda: tp.Cloud(np.zeros((3, 0))), ShapeError, r"points must have shape \(count, dim\)"),
+    "moments": (lambda: tp.moments(tp.Gaussian.standard(2)), ArgumentError, "cloud must be a Cloud or an array of tokens, got Gaussian"),
     "rank of a vector": (lambda: tp.effective_rank(np.ones(3)), ShapeError, "state must be a Gaussian or a square matrix"),
     "tolerance": (lambda: tp.effective_rank(np.eye(2), tolerance=2.0), ArgumentError, "tolerance must be above 0 and below 1, got 2.0"),
 }

@@ -53,6 +53,24 @@ def test_logits_of_any_size_neither_overflow_nor_vanish(size, shift, seed):
     np.testing.assert_allclose(sample_size, expected_size, rtol=100 * slack + 1e-12)
 
 
+def test_the_shift_is_left_out_where_no_logit_is_large_and_lanes_of_a_batch_decide_together():
+    small = jax.jit(kernels._are_small, static_argnums=3)
+    bias = jnp.zeros(N)
+    reach = float(np.linalg.norm(QUERIES, axis=1).max() * np.linalg.norm(KEYS, axis=1).max())
+    edge = np.log(np.finfo(float).max) / 3 / reach
+    assert bool(small(0.99 * edge * QUERIES, KEYS, bias, False)) and not bool(small(1.01 * edge * QUERIES, KEYS, bias, False))
+    assert not bool(small(jnp.nan * QUERIES, KEYS, bias, False)) and not bool(small(QUERIES, KEYS, bias - 1e3, False))
+    barred = jnp.where(jnp.arange(N) == 0, -jnp.inf, 0.0)
+    assert bool(small(QUERIES, KEYS, barred, False)) and not bool(small(KEYS, KEYS, barred, True))        # masked, the first query sees that key only
+    batch = jnp.array([1.0, 0.99 * edge, 1.01 * edge])[:, None, None] * QUERIES
+    for lanes in (batch[:2], batch):
+        found = jax.vmap(lambda q: kernels.tiled_average(q, KEYS, bias, VALUES, TILE))(lanes)
+        for i, queries in enumerate(lanes):
+            expected, size = dense(queries, KEYS, 0.0, VALUES)
+            np.testing.assert_allclose(found[0][i], expected, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(found[1][i], size, rtol=1e-10)
+
+
 def test_tokens_of_weight_zero_do_not_count():
     bias = jnp.where(jnp.arange(N) < 2 * TILE, -jnp.inf, 0.0)                       # the first two tiles are empty
     found, sample_size = average(QUERIES, KEYS, bias, VALUES, TILE)

@@ -78,6 +78,14 @@ def test_the_exact_direction_of_growth_is_where_the_closed_form_goes(head):
     np.testing.assert_allclose(found.cov, far / jnp.trace(far), atol=1e-9)
 
 
+@pytest.mark.parametrize("v", [1.0, np.eye(2)], ids=["number", "matrix"])
+def test_a_factor_without_columns_is_a_point(v):
+    point = tp.Gaussian.from_factor(np.ones(2), np.zeros((2, 0)))
+    found = tp.limit(FLOW(tp.Softmax(np.eye(2), np.eye(2), v)), point)
+    assert found.regime == tp.Regime.ZERO and int(found.rank) == 0
+    assert float(tp.blow_up_time(FLOW(tp.Softmax(np.eye(2), np.eye(2), v)), point)) == np.inf
+
+
 def test_a_rotation_is_told_from_a_frozen_state():
     found = tp.limit(FLOW(tp.Softmax(EYE, EYE, TURN)), tp.Gaussian.standard(2))
     assert found.regime is tp.Regime.ROTATING and int(found.rank) == 2
@@ -169,6 +177,33 @@ def test_slow_freezing_and_lasting_growth_are_told_apart_in_a_batch_of_heads():
             assert rates[1] == pytest.approx(rates[0], rel=2e-2)
             u = np.linalg.eigh(cov[2])[1][:, -1]
             np.testing.assert_allclose(found.cov[i], np.outer(u, u), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, numbers, name", [("sinkhorn", (0, 4), "GROWING"), ("softmax", (28, 57), "ZERO")])
+def test_growth_and_decay_like_a_power_of_the_time_are_told(kind, numbers, name):
+    keys = jax.random.split(jax.random.key(0), 400)[np.array(numbers)]
+    flows = jax.vmap(lambda key: FLOW(tp.random_attention(kind, key, 3)))(keys)
+    found = limits(flows, tp.Gaussian.from_factor(np.zeros((2, 3)), np.stack([np.eye(3)] * 2)))
+    for i in range(2):
+        Q, K, V = (np.asarray(a)[i] for a in (flows.attention.Q, flows.attention.K, flows.attention.V))
+
+        def field(t: float, y: np.ndarray, Q: np.ndarray = Q, K: np.ndarray = K, V: np.ndarray = V) -> np.ndarray:
+            L = y.reshape(3, 3)
+            if kind == "softmax":
+                return (V @ L @ ((K @ L).T @ (Q @ L))).ravel()
+            left, values, right = np.linalg.svd((Q @ L).T @ (K @ L))
+            return (V @ L @ (right.T * (2 * values / (1 + np.sqrt(1 + 4 * values**2)))) @ left.T).ravel()
+
+        sol = scipy.integrate.solve_ivp(field, (0, 1e5), np.eye(3).ravel(), "LSODA", rtol=1e-9, atol=1e-12, t_eval=[1e3, 1e5])
+        factors = sol.y.T.reshape(2, 3, 3)
+        trace = (factors**2).sum((1, 2))
+        assert tp.Regime(int(found.regime[i])).name == name
+        if name == "GROWING":                                                           # along an isotropic line, like the square of the time
+            assert trace[1] / trace[0] == pytest.approx(1e4, rel=0.2)
+            np.testing.assert_allclose(found.cov[i], factors[1] @ factors[1].T / trace[1], atol=2e-3)
+        else:                                                                           # like 1 / t, and turning
+            assert 20 < trace[0] / trace[1] < 500 and int(found.rank[i]) == 0
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def dense_velocity(kind: str, x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def test_the_velocity_is_the_definition_whatever_the_tile(kind, tile):
     moved = tp.Particles(HEADS[kind], tile).field(0.0, tp.Cloud(POINTS, WEIGHTS))
     np.testing.assert_allclose(moved.points, dense_velocity(kind, POINTS, WEIGHTS), rtol=1e-12, atol=1e-14)
-    assert not np.any(moved.weights)
+    assert not np.any(moved._weights)
 
 
 def test_a_cloud_follows_scipy():
@@ -124,6 +124,8 @@ def test_wrong_states_are_named():
         tl.integrate(flow, tp.Gaussian.standard(2), [0.0, 1.0])
     with pytest.raises(ShapeError, match="must have dimension 2 to match the attention, got 3"):
         tl.integrate(flow, np.zeros((5, 3)), [0.0, 1.0])
+    with pytest.raises(ShapeError, match=r"no leading axes here, got \(2,\)"):
+        tl.integrate(flow, np.zeros((2, 5, 2)), [0.0, 1.0])
     with pytest.raises(ShapeError, match="at least one token"):
         tl.integrate(flow, np.zeros((0, 2)), [0.0, 1.0])
     with pytest.raises(ArgumentError, match="attention must be"):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from theorylab.acvi.barriers import Barrier, LogBarrier, check_barrier
 from theorylab.acvi.baselines import starting_point
-from theorylab.acvi.resolvent import KINDS, Solved, choose
+from theorylab.acvi.resolvent import KINDS, choose
+from theorylab.acvi.xstep import Solved
 from theorylab.core.module import choice, number
 from theorylab.core.problem import Method
 from theorylab.core.schedule import at
@@ -115,7 +116,8 @@ class ACVI(ExactSplitting):
         mu: weight of the barrier, a number or a `MuSchedule`.
         barrier: `LogBarrier()`, `ExtendedLogBarrier(switch)` or `EntropyBarrier()`.
         linear: how the x-step is solved: `"dense"` (precomputed resolvent), `"svd"` (games), `"blocks"` (M = B x I with equal blocks), `"cg"` (large
-            games), `"krylov"` (affine without a matrix), `"newton"` (nonlinear); `"auto"` decides by class and shape.
+            games), `"krylov"` (affine without a matrix), `"sparse"` (one sparse LU), `"newton"` (nonlinear); `"auto"` decides by class, shape and
+            pattern, never by values.
         output: `"y"`, strictly inside the inequalities, or `"x"`, on the plane of the equalities, is the iterate that is judged.
         solver: made by `prepare`.
 

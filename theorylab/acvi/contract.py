@@ -125,11 +125,18 @@ class Inequality(Problem):
         The gap is $\max_{x' \in C}\langle F(z), z - x'\rangle$ with z = `repair(x)`, and is there if C is bounded with a support function in
         closed form. With a known solution, `error` is the distance to it, relative to its norm unless it is 0.
         """
-        row = {"residual": jnp.linalg.norm(x - self.project(x - self.operator(x))), "infeasibility": self.infeasibility(x)}
+        gap = None
         if self.certified:
             z = self.repair(x)
             force = self.operator(z)
-            row["gap"] = jnp.maximum(force @ z + self.support(-force), 0)
+            gap = force @ z + self.support(-force)
+        return self.judged(x, self.operator(x), gap)
+
+    def judged(self, x: Array, force: Array, gap: Array | None) -> dict[str, Array]:
+        """The row of `metrics` at x, whose F is `force`, with the gap of its repaired point: for methods that carry them."""
+        row = {"residual": jnp.linalg.norm(x - self.project(x - force)), "infeasibility": self.infeasibility(x)}
+        if gap is not None:
+            row["gap"] = jnp.maximum(gap, 0)
         if self.solution is not None:
             solution = like(self.solution, x)
             length = jnp.linalg.norm(solution)
@@ -146,7 +153,7 @@ class Inequality(Problem):
         return Below("gap", tolerance) & Below("infeasibility", tolerance) if self.certified else Below("residual", tolerance)
 
     def default_method(self) -> Any:
-        """The restarted, anchored form of ACVI; for a matrix game, of the primal-dual hybrid gradient."""
+        """The restarted, anchored form of ACVI."""
         from theorylab.acvi.restarted import HalpernACVI
 
         return HalpernACVI()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from theorylab.acvi.functions import as_call
 from theorylab.acvi.prox import like
 from theorylab.core import checks, linear
 from theorylab.core.module import Module, choice
@@ -281,10 +282,10 @@ class MatrixFree(Equality):
     adjoint: Callable = choice()
 
     def __init__(self, apply: Callable, adjoint: Callable, d: Any, args: Any = ()):
-        self.apply, self.adjoint, self.d, self.args = apply, adjoint, checks.array("equality d", d, (None,)), args
         for name, function in (("apply", apply), ("adjoint", adjoint)):
             if not callable(function):
                 raise ArgumentError(f"MatrixFree: {name} must be a function of (vector, args), got {function!r}")
+        self.apply, self.adjoint, self.d, self.args = as_call(apply), as_call(adjoint), checks.array("equality d", d, (None,)), args
         self.least = self._lift(self.d)
         if self.least.ndim != 1:
             raise ShapeError(f"MatrixFree: adjoint must return a vector of shape (n,), got {self.least.shape}")

@@ -13,6 +13,7 @@ from theorylab.acvi.constraints import Ball, Box, ConstraintSet, Nonnegative
 from theorylab.acvi.equality import BlockSimplex
 from theorylab.acvi.problem import AffineVariationalInequality, MatrixGame, VariationalInequality
 from theorylab.acvi.sets_general import Product
+from theorylab.acvi.sparse import SparseMatrix
 from theorylab.core import checks
 from theorylab.core.keys import Key, as_key, stream
 from theorylab.errors import ArgumentError, ShapeError
@@ -39,16 +40,8 @@ def matrix_game(A: Any = None, *, rows: int = 10, columns: int | None = None, ke
     return MatrixGame(jax.random.normal(stream(key, "matrix_game"), shape))
 
 
-def _sparse(x: Array, args: tuple[Array, Array]) -> Array:
-    values, columns = args
-    rows = values.shape[0]
-    x1, x2 = x[:rows], x[rows:]
-    back = jnp.zeros_like(x2).at[columns.reshape(-1)].add((values * x1[:, None]).reshape(-1))
-    return jnp.concatenate([jnp.sum(values * x2[columns], axis=1), -back])
-
-
-def sparse_game(rows: int = 20_000, columns: int | None = None, per_row: int = 10, *, key: Key | int = 0) -> VariationalInequality:
-    """A matrix game with a few standard normal payments in each row and 0 elsewhere; the matrix is never formed.
+def sparse_game(rows: int = 20_000, columns: int | None = None, per_row: int = 10, *, key: Key | int = 0) -> MatrixGame:
+    """A matrix game with a few standard normal payments in each row and 0 elsewhere, as a sparse matrix.
 
     Args:
         rows: number of actions of the row player.
@@ -64,7 +57,8 @@ def sparse_game(rows: int = 20_000, columns: int | None = None, per_row: int = 1
     shape = (checks.whole("rows", rows, low=2), checks.whole("per_row", per_row, low=1))
     values = jax.random.normal(stream(key, "values"), shape)
     places = jax.random.randint(stream(key, "columns"), shape, 0, checks.whole("columns", columns, low=2))
-    return VariationalInequality(_sparse, rows + columns, (values, places), Nonnegative(), BlockSimplex((rows, columns)), structure="bilinear")
+    whose = jnp.repeat(jnp.arange(rows, dtype=places.dtype), per_row)
+    return MatrixGame(SparseMatrix(values.reshape(-1), whose, places.reshape(-1), (rows, columns)))
 
 
 def _random_strategies(dim: int, key: Key | int) -> Array:

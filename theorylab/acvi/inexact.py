@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from theorylab.acvi.acvi import Splitting, SplittingState
-from theorylab.acvi.barriers import Barrier, LogBarrier, MuSchedule, check_barrier
+from theorylab.acvi.barriers import Barrier, ExtendedLogBarrier, LogBarrier, MuSchedule, check_barrier
 from theorylab.acvi.baselines import starting_point
 from theorylab.acvi.prox import like
-from theorylab.acvi.resolvent import Solved
+from theorylab.acvi.xstep import Solved
 from theorylab.core import tree
 from theorylab.core.module import Module, choice, count, number, size
 from theorylab.core.problem import Method
@@ -165,6 +165,9 @@ class InexactACVI(Splitting):
             bounded set with a support function and costs one evaluation a step.
         output: `"y"` or `"x"`, the iterate that is judged.
 
+    Raises:
+        InfeasibleStartError: with `barrier_steps`, a start that is not strictly inside (`ExtendedLogBarrier` takes any).
+
     Example:
         >>> from theorylab import acvi
         >>> M, q = jnp.array([[1.0, 2.0], [-2.0, 1.0]]), jnp.array([1.0, -1.0])
@@ -194,11 +197,16 @@ class InexactACVI(Splitting):
             raise ArgumentError(f"advance needs a MuSchedule, whose stages it ends; got mu={mu!r}")
         return self.replace(mu=mu, inner=_inner(self.inner))
 
+    def check(self, problem: Any, x0: Any) -> None:
+        """Gradient steps in y need a given start strictly inside, unless the barrier is finite everywhere."""
+        if self.barrier_steps is not None and x0 is not None and not isinstance(self.barrier, ExtendedLogBarrier):
+            problem.check_interior(x0)
+
     def init(self, problem: Any, x0: Array, *, key: Array) -> SplittingState:
         state = super().init(problem, x0, key=key)
         if self.barrier_steps is None:
             return state
-        # gradient steps need a start in the domain; one exact y-step leads inside, with the multiplier 0
+        # gradient steps need a start in the domain; from the start of the problem one exact y-step leads inside, with the multiplier 0
         mu = self._mu(state.step)
         inside = jnp.isfinite(self.barrier.value(problem.constraints, state.y, mu))
         y = jnp.where(inside, state.y, self.barrier.prox(problem.constraints, state.y, mu, self.penalty))

@@ -206,11 +206,11 @@ def central_path(problem: Inequality, mus: Any, *, barrier: str = "log") -> Arra
 
     Args:
         problem: a monotone variational inequality with an equality that has a matrix.
-        mus: the weights, shape `(k,)`, each above 0, in any order.
+        mus: the weights, shape `(k,)`, each above 0, in any order; or one number.
         barrier: `"log"`, or `"entropy"` ($\mu\sum_i x_i\log x_i$, for `Nonnegative` constraints).
 
     Returns:
-        The points, shape `(k, n)`; NaN where Newton's method failed, as it may on degenerate games for mu below 1e-9.
+        The points, shape `(k, n)`, or `(n,)` for one number; NaN where Newton's method failed, as it may on degenerate games for mu below 1e-9.
 
     Raises:
         ArgumentError: a weight is not above 0, or the entropy barrier on other constraints than `Nonnegative`.
@@ -222,13 +222,15 @@ def central_path(problem: Inequality, mus: Any, *, barrier: str = "log") -> Arra
     """
     if not isinstance(problem, Inequality):
         raise ArgumentError(f"problem must be a variational inequality or a MatrixGame, got {type(problem).__name__}")
-    mus = checks.array("mus", mus, (None,))
+    single = np.ndim(mus) == 0
+    mus = checks.array("mus", mus, () if single else (None,)).reshape(-1)
     checks.among("barrier", barrier, ("log", "entropy"))
     if barrier == "entropy" and not isinstance(problem.constraints, Nonnegative):
         raise ArgumentError(f"the entropy barrier needs Nonnegative constraints, got {type(problem.constraints).__name__}")
     if checks.known(mus) and not bool(jnp.all(mus > 0)):
         raise ArgumentError(f"mus must be above 0, got {np.asarray(mus).min():g}")
-    return _central_path(problem.start(jax.random.key(0)), mus, problem, barrier)
+    points = _central_path(problem.start(jax.random.key(0)), mus, problem, barrier)
+    return points[0] if single else points
 
 
 @partial(jax.jit, static_argnames="barrier")

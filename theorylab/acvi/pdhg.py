@@ -43,6 +43,7 @@ class PairState(NamedTuple):
         weight: the primal weight.
         merit: gap of the last candidate, or residual of the last step; first: at the start of the epoch.
         since: steps since the restart; step: steps in all; restarts: their number.
+        begin: the gap of the start, repaired: every later point is feasible.
     """
 
     now: Pair
@@ -55,6 +56,7 @@ class PairState(NamedTuple):
     since: Array
     step: Array
     restarts: Array
+    begin: Array
 
 
 class PrimalDualHybridGradient(Method):
@@ -91,11 +93,17 @@ class PrimalDualHybridGradient(Method):
         return self.replace(norm=step_norm(problem))
 
     def init(self, problem: Any, x0: Array, *, key: Array) -> PairState:
-        x, z = problem.split(starting_point(problem, x0))
-        now = Pair(x, z, problem.A @ z, problem.A.T @ x)
+        x0 = starting_point(problem, x0)
+        now = self._images(problem, x0)
+        x = now.x
         gap, zero = _gap(now), jnp.zeros((), jnp.int32)
         merit = jnp.full_like(gap, jnp.inf) if self.restart == "halpern" else gap
-        return PairState(now, now, now, jax.tree.map(jnp.zeros_like, now), like(self.weight, x), merit, merit, zero, zero, zero)
+        return PairState(now, now, now, jax.tree.map(jnp.zeros_like, now), like(self.weight, x), merit, merit, zero, zero, zero,
+                         _gap(self._images(problem, problem.repair(x0))))
+
+    def _images(self, problem: Any, at: Array) -> Pair:
+        x, z = problem.split(at)
+        return Pair(x, z, problem.A @ z, problem.A.T @ x)
 
     def step(self, problem: Any, state: PairState, *, key: Array) -> PairState:
         tau, sigma = self.step_size / (state.weight * self.norm), self.step_size * state.weight / self.norm
@@ -116,7 +124,7 @@ class PrimalDualHybridGradient(Method):
         now, anchor = tree.select(again, (candidate, candidate), (moved, state.anchor))
         total = tree.select(again, jax.tree.map(jnp.zeros_like, total), total)
         return PairState(now, candidate, anchor, total, _tuned(state, candidate, again), merit, jnp.where(again, merit, state.first),
-                         jnp.where(again, 0, length), state.step + 1, state.restarts + again.astype(jnp.int32))
+                         jnp.where(again, 0, length), state.step + 1, state.restarts + again.astype(jnp.int32), state.begin)
 
     def _halpern(self, state: PairState, moved: Pair, tau: Array, sigma: Array) -> PairState:
         j, change = state.since, jax.tree.map(jnp.subtract, moved, state.now)
@@ -129,10 +137,15 @@ class PrimalDualHybridGradient(Method):
         again = (j > 0) & ((r <= SUFFICIENT * first) | ((r <= NECESSARY * first) & (r > state.merit)) | long)
         now, anchor = tree.select(again, (moved, moved), (ahead, state.anchor))
         return PairState(now, moved, anchor, state.total, _tuned(state, moved, again), r, first, jnp.where(again, 0, j + 1), state.step + 1,
-                         state.restarts + again.astype(jnp.int32))
+                         state.restarts + again.astype(jnp.int32), state.begin)
 
     def value(self, problem: Any, state: PairState) -> Array:
         return jnp.concatenate([state.reported.x, state.reported.z])
+
+    def measure(self, problem: Any, state: PairState) -> dict[str, Array]:
+        at = state.reported
+        gap = jnp.where(state.step == 0, state.begin, _gap(at))
+        return problem.judged(self.value(problem, state), jnp.concatenate([at.az, -at.atx]), gap)
 
     def metrics(self, problem: Any, state: PairState) -> dict[str, Array]:
         return {"weight": state.weight, "restarts": state.restarts}

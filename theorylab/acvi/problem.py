@@ -13,21 +13,26 @@ import numpy as np
 from theorylab.acvi.constraints import ConstraintSet, Nonnegative
 from theorylab.acvi.contract import Inequality
 from theorylab.acvi.equality import BlockSimplex
+from theorylab.acvi.functions import as_call
 from theorylab.acvi.lifting import Extended, lift
 from theorylab.acvi.prox import like
+from theorylab.acvi.sparse import SparseMatrix, as_sparse, dense, lowest_eigenvalue
 from theorylab.core import checks, tree
 from theorylab.core.module import choice
 from theorylab.errors import ArgumentError
 
 Array = jax.Array
 MONOTONE_UNITS = 100
+LANCZOS_SIZE = 500
+INTERIOR_SIZE = 2048
+NOT_MONOTONE = "M is not monotone, no guarantee: the smallest eigenvalue of (M + M')/2 on the equality is {:.3g}"
 
 
 class VariationalInequality(Inequality):
     r"""A variational inequality with any continuous monotone operator.
 
     Args:
-        operator: `operator(x, args)`, shape `(n,)` to `(n,)`; a plain function, whose arrays are in `args`.
+        operator: `operator(x, args)`, shape `(n,)` to `(n,)`; a plain function, whose arrays are in `args`. A function of x alone will do.
         dim: number of unknowns n.
         args: arrays handed to the operator.
         constraints: a constraint set, or None.
@@ -54,7 +59,7 @@ class VariationalInequality(Inequality):
                  structure: str | None = None, solution: Any = None, x0: Any = None):
         if not callable(operator):
             raise ArgumentError(f"operator must be a function of (x, args), got {operator!r}")
-        self.function = operator
+        self.function = as_call(operator)
         self.args = tree.check_finite("args", jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, args))
         self._attach(dim, constraints, equality, solution, x0, structure)
         self._check_operator()
@@ -90,7 +95,8 @@ class AffineVariationalInequality(Inequality):
     r"""A variational inequality with the operator F(x) = M x + q.
 
     Args:
-        M: shape `(n, n)`; monotone iff $M + M^\top$ is positive semidefinite on the null space of the equality.
+        M: shape `(n, n)`; monotone iff $M + M^\top$ is positive semidefinite on the null space of the equality. A matrix of `scipy.sparse` or a
+            `BCOO` of JAX stays sparse: only its nonzeros are stored and multiplied, and ACVI factors its x-step by a sparse LU.
         q: shape `(n,)`; 0 if None.
         constraints: a constraint set, or None.
         equality: a pair `(C, d)`, an Equality object, or None.
@@ -107,35 +113,42 @@ class AffineVariationalInequality(Inequality):
         0.0
     """
 
-    M: Array
+    M: Any
     q: Array
 
     def __init__(self, M: Any, q: Any = None, constraints: ConstraintSet | None = None, equality: Any = None, *,
                  structure: str | None = None, solution: Any = None, x0: Any = None):
-        self.M = checks.square("M", M)
+        sparse = as_sparse("M", M, square=True)
+        self.M = checks.square("M", M) if sparse is None else sparse
         n = self.M.shape[0]
         self.q = jnp.zeros(n, self.M.dtype) if q is None else like(checks.array("q", q, (n,)), self.M)
         self._attach(n, constraints, equality, solution, x0, structure)
-        if not tree.is_traced(M, self.equality):
+        if not tree.is_traced(self.M, self.equality):
             self._warn_unless_monotone()
 
     def _arguments(self) -> dict[str, Any]:
         return {"M": self.M, "q": self.q, "structure": self.structure, **super()._arguments()}
 
     def _warn_unless_monotone(self) -> None:
-        inside = jax.vmap(self.equality.null)
-        host = np.asarray(inside(inside((self.M + self.M.T) / 2).T))
-        size = np.abs(np.asarray(self.M)).max()
-        level = MONOTONE_UNITS * self.dim * np.finfo(host.dtype).eps * size
+        size = float(jnp.max(jnp.abs(self.M.values if isinstance(self.M, SparseMatrix) else self.M)))
+        level = MONOTONE_UNITS * self.dim * float(jnp.finfo(self.M.dtype).eps) * size
+        large = isinstance(self.M, SparseMatrix) and self.dim > LANCZOS_SIZE
+        lowest = lowest_eigenvalue(self.M, self.equality.null) if large else self._lowest(level)
+        if lowest < -level:
+            warnings.warn(NOT_MONOTONE.format(lowest), stacklevel=3)
+
+    def _lowest(self, level: float) -> float:
+        """The smallest eigenvalue of the symmetric part on the equality, or 0 if it is not below minus `level`."""
+        inside, M = jax.vmap(self.equality.null), self.matrix
+        host = np.asarray(inside(inside((M + M.T) / 2).T))
         if np.abs(host).max() <= level:
-            return
+            return 0.0
         host = (host + host.T) / 2
         try:  # a Cholesky factor is ten times cheaper than the eigenvalues, which only the warning needs
             np.linalg.cholesky(host + 2 * level * np.eye(self.dim, dtype=host.dtype))
         except np.linalg.LinAlgError:
-            lowest = float(np.linalg.eigvalsh(host)[0])
-            if lowest < -level:
-                warnings.warn(f"M is not monotone, no guarantee: the smallest eigenvalue of (M + M')/2 on the equality is {lowest:.3g}", stacklevel=3)
+            return float(np.linalg.eigvalsh(host)[0])
+        return 0.0
 
     @property
     def dtype(self) -> Any:
@@ -147,8 +160,8 @@ class AffineVariationalInequality(Inequality):
 
     @property
     def matrix(self) -> Array:
-        """The matrix M."""
-        return self.M
+        """The matrix M; a sparse one is formed on demand."""
+        return dense(self.M)
 
     @property
     def offset(self) -> Array:
@@ -170,8 +183,10 @@ class AffineVariationalInequality(Inequality):
             4
         """
         parts = lift(self)
-        pad = parts.pop("slacks")
-        return AffineVariationalInequality(jnp.pad(self.M, (0, pad)), jnp.pad(self.q, (0, pad)), **parts)
+        pad, M = parts.pop("slacks"), self.M
+        n = self.dim + pad
+        larger = SparseMatrix(M.values, M.rows, M.columns, (n, n), M.envelope) if isinstance(M, SparseMatrix) else jnp.pad(M, (0, pad))
+        return AffineVariationalInequality(larger, jnp.pad(self.q, (0, pad)), **parts)
 
 
 class MatrixGame(Inequality):
@@ -180,7 +195,7 @@ class MatrixGame(Inequality):
     The unknown is $(x_1, x_2)$ on two simplices, $F(x) = (A x_2, -A^\top x_1)$; no matrix of size n by n is formed.
 
     Args:
-        A: payments of the row player, shape `(n1, n2)`.
+        A: payments of the row player, shape `(n1, n2)`; an array, or a sparse matrix as in `AffineVariationalInequality`.
         solution: a known equilibrium, measured as `error`.
         x0: where runs start by default; uniform strategies if None.
 
@@ -193,10 +208,11 @@ class MatrixGame(Inequality):
         1.5
     """
 
-    A: Array
+    A: Any
 
     def __init__(self, A: Any, *, solution: Any = None, x0: Any = None):
-        self.A = checks.array("A", A, (None, None))
+        sparse = as_sparse("A", A)
+        self.A = checks.array("A", A, (None, None)) if sparse is None else sparse
         self._attach(sum(self.A.shape), Nonnegative(), BlockSimplex(self.A.shape), solution, x0)
 
     def _arguments(self) -> dict[str, Any]:
@@ -213,8 +229,8 @@ class MatrixGame(Inequality):
     @property
     def matrix(self) -> Array:
         """The skew matrix M of shape `(n, n)`, formed on demand."""
-        n1, n2 = self.A.shape
-        return jnp.block([[jnp.zeros((n1, n1), self.A.dtype), self.A], [-self.A.T, jnp.zeros((n2, n2), self.A.dtype)]])
+        (n1, n2), A = self.A.shape, dense(self.A)
+        return jnp.block([[jnp.zeros((n1, n1), A.dtype), A], [-A.T, jnp.zeros((n2, n2), A.dtype)]])
 
     @property
     def offset(self) -> Array:
@@ -235,6 +251,9 @@ class MatrixGame(Inequality):
         return jnp.stack([jnp.min(self.A @ x2), jnp.max(self.A.T @ x1)])
 
     def default_method(self) -> Any:
+        """The interior-point method for up to 2048 actions in double precision, where it is the fastest; else restarted primal-dual steps."""
+        from theorylab.acvi.interior import InteriorPoint
         from theorylab.acvi.pdhg import PrimalDualHybridGradient
 
-        return PrimalDualHybridGradient(restart="halpern")
+        factors = isinstance(self.A, jax.Array) and self.dim <= INTERIOR_SIZE and self.dtype == jnp.float64
+        return InteriorPoint() if factors else PrimalDualHybridGradient(restart="halpern")

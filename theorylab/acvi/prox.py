@@ -14,8 +14,8 @@ ENTROPY_STEPS = 8
 
 
 def like(value: Any, v: Array) -> Array:
-    """`value` in the precision of `v`."""
-    return jnp.asarray(value, v.dtype)
+    """`value` in the precision of `v`; in the default one if `v` holds whole numbers, which would cut it."""
+    return jnp.asarray(value, v.dtype if jnp.issubdtype(v.dtype, jnp.inexact) else jnp.result_type(float))
 
 
 def slack(w: Any, t: Any) -> Array:

@@ -7,7 +7,7 @@ plane G is 1-strongly monotone for monotone F, so the root is unique.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +15,18 @@ from jax import lax
 
 from theorylab.acvi.problem import MatrixGame
 from theorylab.acvi.prox import like
+from theorylab.acvi.sparse import SparseLU, SparseMatrix, dense, factors_well
+from theorylab.acvi.xstep import Solved, XStep, solved
 from theorylab.core.linear import cg
-from theorylab.core.module import Module
 from theorylab.errors import ArgumentError
 
 Array = jax.Array
 
-KINDS = ("auto", "dense", "svd", "blocks", "cg", "krylov", "newton")
+KINDS = ("auto", "dense", "svd", "blocks", "cg", "krylov", "sparse", "newton")
 SVD_SIZE = 2048
 DENSE_SIZE = 4096
 NEWTON_SIZE = 512
 POWER_STEPS = 200
-
-
-class Solved(NamedTuple):
-    """An x-step: the root, evaluations of F (or products that cost the same) and matrix factorizations spent."""
-
-    x: Array
-    evaluations: Array
-    factorizations: Array
-
-
-def _solved(x: Array, evaluations: Any, factorizations: Any = 0) -> Solved:
-    return Solved(x, jnp.asarray(evaluations, jnp.int32), jnp.asarray(factorizations, jnp.int32))
-
-
-class XStep(Module):
-    """One way to evaluate the resolvent. `make` does once what does not depend on the point."""
-
-    free: ClassVar[bool] = True
-    """Whether another penalty costs nothing; else `make` must run again for it."""
-    factorizations: ClassVar[int] = 0
-    """Factorizations that `make` computes."""
-
-    @classmethod
-    def make(cls, problem: Any, penalty: Array) -> Self:
-        """The step for this problem and penalty."""
-        return cls()
-
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
-        """The root for `u`; `x` is a guess."""
-        raise NotImplementedError
 
 
 class Dense(XStep):
@@ -76,8 +47,8 @@ class Dense(XStep):
         point = like(problem.equality.point, M)
         return cls(R, point - R @ problem.operator(point) / penalty)
 
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
-        return _solved(like(self.matrix, u) @ u + like(self.offset, u), 1)
+    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array, tolerance: Any = 0.0) -> Solved:
+        return solved(like(self.matrix, u) @ u + like(self.offset, u), 1)
 
 
 class Spectral(XStep):
@@ -92,16 +63,16 @@ class Spectral(XStep):
 
     @classmethod
     def make(cls, problem: Any, penalty: Array) -> Self:
-        left, values, right = jnp.linalg.svd(double_centered(problem.A), full_matrices=False)
+        left, values, right = jnp.linalg.svd(double_centered(dense(problem.A)), full_matrices=False)
         return cls(left, values, right, problem.equality.null(problem.operator(like(problem.equality.point, left))))
 
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
+    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array, tolerance: Any = 0.0) -> Solved:
         left, right, s = like(self.left, u), like(self.right, u), like(self.values, u) / penalty
         b1, b2 = problem.split(problem.equality.null(u) - like(self.force, u) / penalty)
         g1, g2 = b1 @ left, right @ b2
         scale = 1 + s * s
         x1, x2 = b1 + left @ ((g1 - s * g2) / scale - g1), b2 + ((g2 + s * g1) / scale - g2) @ right
-        return _solved(like(problem.equality.point, u) + jnp.concatenate([x1, x2]), 2)
+        return solved(like(problem.equality.point, u) + jnp.concatenate([x1, x2]), 2)
 
 
 class Blocks(XStep):
@@ -124,10 +95,10 @@ class Blocks(XStep):
         columns = [(problem.operator(point.at[j * sizes[0]].add(1)) - base)[:: sizes[0]] for j in range(players)]
         return cls(jnp.stack(columns, axis=1), base)
 
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
+    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array, tolerance: Any = 0.0) -> Solved:
         point, B = like(problem.equality.point, u), like(self.matrix, u)
         b = problem.equality.null(u - like(self.force, u) / penalty).reshape(B.shape[0], -1)
-        return _solved(point + jnp.linalg.solve(jnp.eye(B.shape[0], dtype=B.dtype) + B / penalty, b).reshape(-1), 1)
+        return solved(point + jnp.linalg.solve(jnp.eye(B.shape[0], dtype=B.dtype) + B / penalty, b).reshape(-1), 1)
 
 
 class ConjugateGradient(XStep):
@@ -137,7 +108,7 @@ class ConjugateGradient(XStep):
     the caller.
     """
 
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
+    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array, tolerance: Any = 0.0) -> Solved:
         point, null = like(problem.equality.point, u), problem.equality.null
         force, n1, game = problem.operator(point), problem.equality.sizes[0], isinstance(problem, MatrixGame)
         b = null(u - force / penalty)
@@ -155,11 +126,13 @@ class ConjugateGradient(XStep):
                 return (image - image.mean()) / penalty
             return null(force - problem.operator(point.at[:n1].add(z1)))[n1:] / penalty
 
-        tolerance = max(1e-11, 20 * float(jnp.finfo(u.dtype).eps))
-        solved = cg(lambda p: p + rows(columns(p)), b1 - rows(b2), x0=(x - point)[:n1], tolerance=tolerance)
+        right, least = b1 - rows(b2), max(1e-11, 20 * float(jnp.finfo(u.dtype).eps))
+        size = jnp.linalg.norm(right)
+        enough = jnp.maximum(like(tolerance, u) / jnp.where(size > 0, size, jnp.ones_like(size)), like(least, u))
+        end = cg(lambda p: p + rows(columns(p)), right, x0=(x - point)[:n1], tolerance=jnp.minimum(enough, like(0.5, u)))
         # two products per step of CG and for each of its two residuals, and two here; in a game each costs half an evaluation
-        products = 2 * solved.steps + 6
-        return _solved(point + jnp.concatenate([solved.value, b2 + columns(solved.value)]), (products // 2 if game else products) + 1)
+        products = 2 * end.steps + 6
+        return solved(point + jnp.concatenate([end.value, b2 + columns(end.value)]), (products // 2 if game else products) + 1)
 
 
 class Krylov(XStep):
@@ -167,7 +140,7 @@ class Krylov(XStep):
 
     memory: ClassVar[int] = 40
 
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
+    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array, tolerance: Any = 0.0) -> Solved:
         point = like(problem.equality.point, u)
         base = problem.operator(point)
         b = problem.equality.null(u - base / penalty)
@@ -175,7 +148,7 @@ class Krylov(XStep):
         def apply(z: Array) -> Array:
             return z + problem.equality.null(problem.operator(point + z) - base) / penalty
 
-        target = 50 * jnp.finfo(u.dtype).eps * (jnp.linalg.norm(b) + jnp.linalg.norm(point))
+        target = jnp.maximum(50 * jnp.finfo(u.dtype).eps * (jnp.linalg.norm(b) + jnp.linalg.norm(point)), like(tolerance, u))
 
         def live(loop: tuple[Array, Array, Array, Array]) -> Array:
             _, size, spent, better = loop
@@ -191,7 +164,7 @@ class Krylov(XStep):
         z = problem.equality.null(x - point)
         start = (z, jnp.linalg.norm(b - apply(z)), jnp.asarray(2, jnp.int32), jnp.asarray(True))
         z, _, spent, _ = lax.while_loop(live, cycle, start)
-        return _solved(point + z, spent)
+        return solved(point + z, spent)
 
 
 def conjugate_residuals(apply: Callable[[Array], Array], r: Array, memory: int, target: Array) -> tuple[Array, Array]:
@@ -231,7 +204,7 @@ class Newton(XStep):
     most: ClassVar[int] = 50
     halvings: ClassVar[int] = 40
 
-    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array) -> Solved:
+    def __call__(self, problem: Any, u: Array, x: Array, penalty: Array, tolerance: Any = 0.0) -> Solved:
         equality = problem.equality
         b = equality.null(u) + like(equality.point, u)
 
@@ -257,7 +230,7 @@ class Newton(XStep):
 
             def worse(trial: tuple) -> Array:
                 _, _, after, halvings = trial
-                return ~(after < norm) & (halvings < self.halvings) & (norm > 1e4 * target)  # below that only round-off stands in the way
+                return ~(after < norm) & (halvings < self.halvings) & (norm > 1e4 * least)  # below that only round-off stands in the way
 
             def halve(trial: tuple) -> tuple:
                 _, _, _, halvings = trial
@@ -269,11 +242,12 @@ class Newton(XStep):
             at, after_g, after, halvings = lax.while_loop(worse, halve, (x + move, full, size(full), jnp.zeros((), jnp.int32)))
             better = after < norm
             x, g, left = jnp.where(better, at, x), jnp.where(better, after_g, g), jnp.where(better, after, norm)
-            going = better & ((after < norm / 2) | (norm > 1e4 * target))
+            going = better & ((after < norm / 2) | (norm > 1e4 * least))
             return x, g, left, steps + 1, evaluations + products + halvings + 1, factors + factored, going
 
         g, zero = root(x), jnp.zeros((), jnp.int32)
-        target = 10 * jnp.finfo(u.dtype).eps * (jnp.linalg.norm(b) + jnp.linalg.norm(x) + jnp.linalg.norm(g + b - x))
+        least = 10 * jnp.finfo(u.dtype).eps * (jnp.linalg.norm(b) + jnp.linalg.norm(x) + jnp.linalg.norm(g + b - x))
+        target = jnp.maximum(least, like(tolerance, u))
         x, _, _, _, evaluations, factors, _ = lax.while_loop(live, step, (x, g, size(g), zero, zero + 1, zero, jnp.asarray(True)))
         return Solved(x, evaluations, factors)
 
@@ -284,14 +258,16 @@ def choose(problem: Any, linear: str) -> type[XStep]:
     Raises:
         ArgumentError: the problem has not what that kind needs.
     """
-    game = isinstance(problem, MatrixGame)
+    game, sparse = isinstance(problem, MatrixGame), isinstance(getattr(problem, "M", None), SparseMatrix)
     if linear == "auto":
         if problem.structure is not None:
             linear = {"affine": "krylov", "bilinear": "cg", "blocks": "blocks"}[problem.structure]
         elif game:
             linear = "svd" if min(problem.A.shape) <= SVD_SIZE and isinstance(problem.A, jax.Array) else "cg"
+        elif sparse:
+            linear = "sparse" if factors_well(problem) else "krylov"
         elif problem.is_affine:
-            linear = "dense" if problem.dim <= DENSE_SIZE and isinstance(problem.matrix, jax.Array) else "krylov"
+            linear = "dense" if problem.dim <= DENSE_SIZE else "krylov"
         else:
             linear = "newton"
     if linear == "svd" and not game:
@@ -300,7 +276,11 @@ def choose(problem: Any, linear: str) -> type[XStep]:
         raise ArgumentError(f"linear='cg' needs a game on two simplices (equality BlockSimplex of two blocks), got {type(problem.equality).__name__}")
     if linear == "dense" and not problem.is_affine:
         raise ArgumentError(f"linear='dense' needs a problem with a known matrix, got {type(problem).__name__}; use AffineVariationalInequality")
-    kinds: dict[str, type[XStep]] = {"dense": Dense, "svd": Spectral, "blocks": Blocks, "cg": ConjugateGradient, "krylov": Krylov, "newton": Newton}
+    if linear == "sparse" and not sparse:
+        raise ArgumentError(f"linear='sparse' needs an AffineVariationalInequality with a sparse M, got {type(problem).__name__}; pass a matrix of "
+                            "scipy.sparse as M")
+    kinds: dict[str, type[XStep]] = {"dense": Dense, "svd": Spectral, "blocks": Blocks, "cg": ConjugateGradient, "krylov": Krylov,
+                                     "sparse": SparseLU, "newton": Newton}
     return kinds[linear]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -22,6 +23,8 @@ Array = jax.Array
 SUFFICIENT, NECESSARY, ARTIFICIAL, SHORTEST = 0.2, 0.8, 0.36, 50
 """Restart when the residual fell to the first fraction, or to the second and began to rise, or when the epoch is the third of all steps."""
 INITIAL_PENALTY = 10.0
+RETUNED = 1.5
+"""Where another penalty costs a factorization, only a change by more than this factor is made."""
 RELEASE, LOWEST = 0.1, 1e-8
 """While no inequality presses (the multiplier stays 0) each restart takes this fraction of the penalty, down to this fraction of the first one."""
 
@@ -67,12 +70,14 @@ class HalpernACVI(Method):
 
     Args:
         penalty: the first $\beta$; ten times the norm of F along C x = d unless given (1 where F is not affine).
-        adapt: whether the penalty is tuned at restarts. On affine problems with a dense matrix each change costs a factorization (and within `runs`
-            or `vmap` one per step); games, `"krylov"` and `"newton"` steps take every penalty.
+        adapt: whether the penalty is tuned at restarts. On affine problems with a dense or factored matrix each change costs a factorization (and
+            within `runs` or `vmap` one per step), so changes by less than a factor 1.5 are left out; other x-steps take every penalty.
         mu: weight of the barrier, a number or a schedule whose changes restart the epoch; None projects instead, the limit of mu to 0.
         barrier: as in `ACVI`.
         linear: as in `ACVI`.
         restart: False never restarts.
+        accuracy: an x-step that iterates (`"cg"`, `"krylov"`, `"newton"`) ends where its residual $|G|$, a bound of the error of x, is below this
+            fraction of the last $|x - y|$; None goes on to round-off.
         solver: made by `prepare`.
 
     Metrics: `difference` $|x - y|$, which is the residual $|Tv - v|$, `mu`, `penalty`, `restarts` and the counters. The iterate is y, inside the
@@ -92,6 +97,7 @@ class HalpernACVI(Method):
     barrier: Barrier = LogBarrier()
     linear: str = choice("auto", among=KINDS)
     restart: bool = choice(True)
+    accuracy: Any = number(0.01, above=0.0, below=1.0)
     solver: Any = None
 
     def __check_init__(self) -> None:
@@ -114,7 +120,8 @@ class HalpernACVI(Method):
         v, beta, j = state.v, state.penalty, state.since
         y = self._inside(problem, state, v, state.step)
         solver = self.solver if state.solver is None else state.solver
-        solved = solver(problem, 2 * y - v, state.x, beta)
+        loose = 0.0 if self.accuracy is None else jnp.where(jnp.isfinite(state.residual), self.accuracy * state.residual, 0)
+        solved = solver(problem, 2 * y - v, state.x, beta, loose)
         moved = v + solved.x - y
         r = jnp.linalg.norm(solved.x - y)
         first = jnp.where(j == 0, r, state.first_residual)
@@ -125,14 +132,17 @@ class HalpernACVI(Method):
         y_new = self._inside(problem, state, moved, state.step)
         lam_new = beta * (moved - y_new)
         tuned = self._tuned(state, y_new, lam_new) if self.adapt else beta
-        tuned = jnp.where(again, tuned, beta)
+        worth = again if state.solver is None else again & (jnp.abs(jnp.log(tuned / beta)) > math.log(RETUNED))
+        tuned = jnp.where(worth, tuned, beta)
         begin = y_new + lam_new / tuned
         kept = (ahead, state.anchor, state.y_anchor, state.multiplier_anchor)
         v, anchor, y_anchor, lam_anchor = tree.select(again, (begin, begin, y_new, lam_new), kept)
         refit, factorizations = state.solver, state.factorizations + solved.factorizations
         if refit is not None:
-            refit = lax.cond(again, lambda: type(solver).make(problem, tuned), lambda: solver)
-            factorizations = factorizations + again.astype(jnp.int32) * solver.factorizations
+            changed = tuned != beta
+            # a loop of at most one round: unlike the branches of a condition it leaves an unchanged matrix where it is
+            refit, _ = lax.while_loop(lambda loop: loop[1], lambda _: (type(solver).make(problem, tuned), jnp.asarray(False)), (refit, changed))
+            factorizations = factorizations + changed.astype(jnp.int32) * solver.factorizations
         return HalpernState(solved.x, y, v, anchor, y_anchor, lam_anchor, tuned, r, first, jnp.where(again, 0, j + 1), state.step + 1,
                             state.restarts + again.astype(jnp.int32), state.evaluations + solved.evaluations, factorizations, refit)
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from theorylab.acvi.constraints import ConstraintSet
+from theorylab.acvi.functions import as_call
 from theorylab.acvi.projections import interior_newton
 from theorylab.acvi.prox import like
 from theorylab.core import checks
@@ -139,8 +140,8 @@ class Smooth(Curved):
     """The set where every entry of a smooth convex function is at most 0.
 
     Args:
-        function: `function(x, args)`, a number or a vector of shape `(m,)`; convex, defined near the set. A trial point where it is not finite
-            counts as outside.
+        function: `function(x, args)` or `function(x)`, a number or a vector of shape `(m,)`; convex, defined near the set. A trial point where
+            it is not finite counts as outside.
         args: arrays handed to the function.
         inside: a point strictly inside; searched for when the set joins a problem unless given.
 
@@ -160,7 +161,7 @@ class Smooth(Curved):
     def __init__(self, function: Callable, args: Any = (), inside: Any = None):
         if not callable(function):
             raise ArgumentError(f"Smooth: function must be a function of (x, args), got {function!r}")
-        self.function, self.args = function, args
+        self.function, self.args = as_call(function), args
         self.inside = None if inside is None else checks.array("Smooth inside", inside, (None,))
         if inside is not None and checks.known(inside, args) and not bool(jnp.all(self.inequalities(self.inside) < 0)):
             worst = float(jnp.max(self.inequalities(self.inside)))
@@ -212,9 +213,10 @@ class Product(ConstraintSet):
     """Consecutive blocks of coordinates, each in its own set.
 
     Args:
-        blocks: pairs `(set, size)`.
+        blocks: pairs `(set, size)`; a set that has a dimension of its own may stand alone.
 
     Raises:
+        ArgumentError: a block is something else.
         ShapeError: the size of a block is not the dimension of its set.
 
     Example:
@@ -227,6 +229,8 @@ class Product(ConstraintSet):
     sizes: tuple[int, ...] = choice()
 
     def __init__(self, blocks: Sequence[tuple[ConstraintSet, int]]):
+        if isinstance(blocks, Sequence):
+            blocks = [(b, b.dim) if isinstance(b, ConstraintSet) and b.dim is not None else b for b in blocks]
         if not isinstance(blocks, Sequence) or not blocks or not all(isinstance(b, (tuple, list)) and len(b) == 2 for b in blocks):
             raise ArgumentError(f"Product: blocks must be a sequence of pairs (set, size), got {blocks!r}")
         for member, _ in blocks:

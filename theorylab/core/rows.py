@@ -21,8 +21,8 @@ class Rows:
     a pass is a function of (seed, pass), so any step can be read at any time, in any process, with the same result.
 
     Args:
-        data: a `.npy` file, an array (anything with `shape`, `dtype` and slices), or a tuple, list or dict of them with equal numbers
-            of rows. The batches have the same structure.
+        data: a `.npy` file, an array (anything with `shape`, `dtype` and slices; rows of a sparse matrix are filled in), or a tuple,
+            list or dict of them with equal numbers of rows. The batches have the same structure.
         batch_size: rows of a batch.
         columns: widths that split the columns of one matrix; a batch is then a tuple, as in `(x, y)`.
         shuffle: `"none"`, or `"blocks"`: blocks of `block_rows` consecutive rows are permuted anew in each pass. Rows of a block stay
@@ -120,7 +120,7 @@ class Rows:
 
     def _take(self, ranges: list[tuple[int, int]]) -> PyTree:
         def of(leaf: Any) -> np.ndarray:
-            parts = [np.asarray(leaf[a:b]) for a, b in ranges]
+            parts = [np.asarray(dense(leaf[a:b])) for a, b in ranges]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
         taken = [of(leaf) for leaf in self._leaves]
@@ -130,6 +130,11 @@ class Rows:
 
     def __repr__(self) -> str:
         return f"Rows({self.rows} rows, batch_size={self.batch_size}, per_pass={self.per_pass}, shuffle={self._shuffle!r})"
+
+
+def dense(part: Any) -> Any:
+    """A sparse matrix of SciPy as an array; anything else as it is."""
+    return part.toarray() if hasattr(part, "toarray") else part
 
 
 def _open(part: Any) -> Any:

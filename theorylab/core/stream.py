@@ -15,7 +15,7 @@ import numpy as np
 
 from theorylab.core import tree
 from theorylab.core.progress import Progress, resolve
-from theorylab.core.rows import Rows, whole_number
+from theorylab.core.rows import Rows, dense, whole_number
 from theorylab.errors import ArgumentError, PrecisionError, ShapeError, TheorylabError
 
 __all__ = ["Batches", "Block", "BlockReader", "EndOfData", "Rows", "Stream", "as_stream", "fold"]
@@ -120,7 +120,8 @@ class Block(NamedTuple):
 class BlockReader:
     """Reads blocks of batches on a helper thread while the current block is in use.
 
-    A block holds as many batches as fit into 64 MiB, at most 256, and lies on the default device of the thread that made the reader.
+    A block holds as many batches as fit into 64 MiB, at most 256, and lies on the default device of the thread that made the reader. A batch
+    beyond that size is a block by itself and is not read ahead, so that one of them is in memory at a time.
 
     Args:
         stream: where batches come from.
@@ -137,7 +138,8 @@ class BlockReader:
     def __init__(self, stream: Stream, steps: int | None = None):
         self._stream, self._steps = stream, steps
         self._device = _CONFIG.jax_default_device            # a setting of the calling thread
-        self._model: list[tuple[str, np.ndarray]] = []
+        self._model: list[tuple[str, jax.ShapeDtypeStruct]] = []
+        self._batch0: Any = None
         self._treedef: Any = None
         self._current: Block | None = None
         self._ahead: _Reading | None = None
@@ -157,7 +159,7 @@ class BlockReader:
             EndOfData: the stream is empty.
         """
         self._get_model()
-        return self._model_batch()
+        return self._ask(0) if self._batch0 is None else self._batch0
 
     def seek(self, step: int) -> None:
         """Begin at `step`; what was read ahead is dropped unless it begins there."""
@@ -166,7 +168,7 @@ class BlockReader:
     @property
     def length(self) -> int:
         """Batches in a block."""
-        size = max(1, sum(leaf.nbytes for _, leaf in self._get_model()))
+        size = self._batch_bytes()
         length = min(max(BLOCK_BYTES // size, 1), BLOCK_LENGTH)
         return length if self._steps is None else min(length, 1 << max(0, self._steps - 1).bit_length())
 
@@ -184,13 +186,16 @@ class BlockReader:
             return current
         self._get_model()
         began = time.perf_counter()
+        if self._batch_bytes() > BLOCK_BYTES:
+            self._current = current = None
         reading = self._ahead if self._ahead is not None and self._ahead.first == step else self._begin(step)
         try:
             block = reading.result()
         finally:
             self.wait_seconds += time.perf_counter() - began
         self._current, self._ahead = block, None
-        if block.end - block.first == self.length and (self._steps is None or block.end < self._steps):
+        large = self._batch_bytes() > BLOCK_BYTES
+        if not large and block.end - block.first == self.length and (self._steps is None or block.end < self._steps):
             self._ahead = self._begin(block.end)
         return block
 
@@ -207,8 +212,11 @@ class BlockReader:
         self._ahead = _Reading(self._read, first)
         return self._ahead
 
-    def _get_model(self) -> list[tuple[str, np.ndarray]]:
-        """Names and arrays of the leaves of batch 0, which all others must match."""
+    def _batch_bytes(self) -> int:
+        return max(1, sum(leaf.size * leaf.dtype.itemsize for _, leaf in self._get_model()))
+
+    def _get_model(self) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+        """Names, shapes and dtypes of the leaves of batch 0, which all others must match."""
         if not self._model:
             batch = self._ask(0)
             leaves, self._treedef = jax.tree_util.tree_flatten_with_path(batch)
@@ -217,12 +225,13 @@ class BlockReader:
                 raise ShapeError("data: batch 0 holds no arrays")
             for name, leaf in model:
                 _check_dtype(f"data: leaf {name}", leaf.dtype)
-            self._model = model
+            self._batch0 = jax.tree.unflatten(self._treedef, [leaf for _, leaf in model])
+            self._model = [(name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) for name, leaf in model]
         return self._model
 
     def _ask(self, step: int) -> PyTree:
         try:
-            return self._stream.batch(step)
+            return jax.tree.map(dense, self._stream.batch(step))
         except Exception as error:
             error.add_note(f"while reading batch {step} of the data")
             raise
@@ -234,7 +243,7 @@ class BlockReader:
         end = first
         while end < limit and not self._closed:
             try:
-                batch = self._model_batch() if end == 0 else self._ask(end)
+                batch, self._batch0 = (self._batch0, None) if end == 0 and self._batch0 is not None else (self._ask(end), self._batch0)
             except EndOfData:
                 break
             self._put(arrays, end - first, end, batch)
@@ -242,9 +251,6 @@ class BlockReader:
         with jax.default_device(self._device):
             placed = jax.device_put(arrays)
         return Block(jax.tree.unflatten(self._treedef, placed), first, end)
-
-    def _model_batch(self) -> PyTree:
-        return jax.tree.unflatten(self._treedef, [leaf for _, leaf in self._model])
 
     def _put(self, arrays: list[np.ndarray], place: int, step: int, batch: PyTree) -> None:
         leaves, treedef = jax.tree.flatten(batch)

@@ -18,6 +18,24 @@ from theorylab.moe.exponent import (
     rates as rates,
     series_residuals as series_residuals,
 )
+from theorylab.moe.general import (
+    CosineGate as CosineGate,
+    Experts as Experts,
+    Gate as Gate,
+    GeneralEM as GeneralEM,
+    GeneralLikelihood as GeneralLikelihood,
+    GeneralMixture as GeneralMixture,
+    LinearExperts as LinearExperts,
+    LogisticExperts as LogisticExperts,
+    NeuralExperts as NeuralExperts,
+    NoisyGate as NoisyGate,
+    PolynomialExperts as PolynomialExperts,
+    QuadraticGate as QuadraticGate,
+    SigmoidGate as SigmoidGate,
+    SoftmaxGate as SoftmaxGate,
+    StudentExperts as StudentExperts,
+    general_start as general_start,
+)
 from theorylab.moe.identifiability import (
     CoactivationGraph as CoactivationGraph,
     Identifiability as Identifiability,

@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
     standard_error: Array
 
 
-def hellinger(p: Any, q: Any, law: Any, *, average: str = "rms", key: Key | int | None = None, samples: int = 100_000,
+def hellinger(p: Any, q: Any, law: Any = (0.0, 1.0), *, average: str = "rms", key: Key | int | None = None, samples: int = 100_000,
               panels: int | None = None) -> Estimate:
     r"""The Hellinger distance $H = (\mathbb{E}_X h^2)^{1/2}$ of two mixtures, with $h^2 = \tfrac12\int(\sqrt{p} - \sqrt{q})^2\,dy$.
 
@@ -43,8 +43,8 @@ def hellinger(p: Any, q: Any, law: Any, *, average: str = "rms", key: Key | int 
         p: a `Mixture`.
         q: another of the same dimension.
         law: of x. A pair (low, high) is the uniform law on a box; for d = 1 and 2 it is integrated with breakpoints at the region boundaries of both
-            mixtures, to about 1e-12 in d = 1. A pair (points of shape (n, d), weights) is summed. A function of (key, n), and a box of higher
-            dimension, is sampled: y comes from the half-half mixture of p and q, with the same x for both.
+            mixtures, to about 1e-12 in d = 1. A pair (points of shape (n, d), weights), or an array of points alone, is summed. A function of
+            (key, n), and a box of higher dimension, is sampled: y comes from the half-half mixture of p and q, with the same x for both.
         average: `"rms"`, or `"mean"` for $\mathbb{E}_X h$, which the papers state their rates for (it is at most H).
         key: seed or random key, needed where x is sampled.
         samples: number of sampled x.
@@ -72,7 +72,8 @@ def hellinger(p: Any, q: Any, law: Any, *, average: str = "rms", key: Key | int 
     return Estimate(root, found.standard_error / jnp.where(root > 0, 2 * root, jnp.ones_like(root)))
 
 
-def total_variation(p: Any, q: Any, law: Any, *, key: Key | int | None = None, samples: int = 100_000, panels: int | None = None) -> Estimate:
+def total_variation(p: Any, q: Any, law: Any = (0.0, 1.0), *, key: Key | int | None = None, samples: int = 100_000,
+                    panels: int | None = None) -> Estimate:
     r"""The total variation $\mathbb{E}_X\,\tfrac12\int|p - q|\,dy$.
 
     By quadrature, the sign changes of p - q in y are found and the integral between them is a difference of distribution functions.
@@ -97,7 +98,8 @@ def total_variation(p: Any, q: Any, law: Any, *, key: Key | int | None = None, s
     return _measure(p, q, law, "variation", key, samples, panels)
 
 
-def kullback_leibler(p: Any, q: Any, law: Any, *, key: Key | int | None = None, samples: int = 100_000, panels: int | None = None) -> Estimate:
+def kullback_leibler(p: Any, q: Any, law: Any = (0.0, 1.0), *, key: Key | int | None = None, samples: int = 100_000,
+                     panels: int | None = None) -> Estimate:
     r"""The divergence $\mathbb{E}_X \int p \log(p/q)\,dy$.
 
     Args:
@@ -157,8 +159,10 @@ def read_law(law: Any, dim: int) -> tuple[Any, bool]:
     """The corners of a box, points with weights that sum to 1, or a sampler; and whether it is a box."""
     if callable(law):
         return law, False
+    if isinstance(law, (jax.Array, np.ndarray)) and (law.ndim == 2 or (dim == law.ndim == 1 and len(law) > 2)):
+        law = (jnp.reshape(law, (len(law), -1)), jnp.ones(len(law)))
     if not isinstance(law, (tuple, list)) or len(law) != 2:
-        raise ArgumentError(f"law must be a pair (low, high) or (points, weights), or a function of (key, n), got {law!r}")
+        raise ArgumentError(f"law must be a pair (low, high) or (points, weights), an array of points, or a function of (key, n), got {law!r}")
     if np.ndim(law[0]) < 2:
         low, high = (jnp.broadcast_to(checks.array(name, end), (dim,)) if np.ndim(end) == 0 else checks.array(name, end, (dim,))
                      for name, end in zip(("low of law", "high of law"), law, strict=True))

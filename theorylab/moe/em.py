@@ -103,8 +103,8 @@ class EM(Method):
 
     Args:
         gate: `"newton"` (few steps, any K), `"bohning"` (cheap steps for many experts and inputs), or `"official"` (the public code's scheme).
-        routing: `"accept"`, or `"frozen"`: every row keeps the experts it has at the start, and the likelihood that is monotone is the one
-            with that routing.
+        routing: `"accept"`, or `"frozen"`: also a fraction that would take an expert from a row is refused. That is EM in the strict sense:
+            a row of which an expert has a positive share cannot lose it, so every row keeps the experts of the start.
         ridge: damping of the Newton step, relative to the mean eigenvalue.
         variance_floor: variances are at least this multiple of the variance of y.
 
@@ -134,12 +134,12 @@ class EM(Method):
             raise ArgumentError("EM needs all rows in every step: for a streamed Likelihood use StreamedEM(per_pass)")
         return self
 
-    def _sums(self, problem: Any, m: Mixture, mask: Array | None) -> Statistics:
-        return statistics(problem, m, mask, curvature=self.gate == "newton" and m.active > 1)
+    def _sums(self, problem: Any, m: Mixture) -> Statistics:
+        return statistics(problem, m, curvature=self.gate == "newton" and m.active > 1)
 
     def init(self, problem: Any, x0: Mixture, *, key: Array) -> EMState:
         mask = problem.routing(x0) if self.routing == "frozen" else None
-        sums = self._sums(problem, x0, mask)
+        sums = self._sums(problem, x0)
         zero = jnp.zeros((), jnp.int32)
         return EMState(x0, sums, mask, jnp.full_like(sums.log_likelihood, jnp.inf), zero, zero)
 
@@ -151,8 +151,9 @@ class EM(Method):
         def attempt(loop: tuple) -> tuple:
             i, _, _, _ = loop
             new = tree.strong(moved(old, move, fractions[i]))
-            sums = self._sums(problem, new, state.mask)
-            return i + 1, new, sums, acceptable(sums.log_likelihood, before, sums.weight, old.dtype)
+            sums = self._sums(problem, new)
+            good = acceptable(sums.log_likelihood, before, sums.weight, old.dtype)
+            return i + 1, new, sums, good if state.mask is None else good & problem.routed(new, state.mask)
 
         start = (jnp.zeros((), jnp.int32), tree.strong(old), state.sums, jnp.asarray(False))
         tries, new, sums, good = jax.lax.while_loop(lambda loop: ~loop[3] & (loop[0] < len(FRACTIONS)), attempt, start)
@@ -165,7 +166,7 @@ class EM(Method):
         return state.mixture
 
     def measure(self, problem: Any, state: EMState) -> dict[str, Array]:
-        return {"log_likelihood": state.sums.log_likelihood} if state.mask is None else problem.metrics(state.mixture)
+        return {"log_likelihood": state.sums.log_likelihood}
 
     def metrics(self, problem: Any, state: EMState) -> dict[str, Array]:
         return {"gain": state.gain, "rejected": state.rejected, "starved": state.starved, **quality(problem, state.mixture, state.sums)}

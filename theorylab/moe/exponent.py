@@ -6,7 +6,7 @@ import dataclasses
 import math
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,30 @@ Array = jax.Array
 SOLVED = 1e-24  # of the sum of squared residuals: round-off of a solution in float64 is below 1e-29, the smallest nonzero minimum known 7e-5
 
 
-class Exponent(NamedTuple):
-    """An exponent and how it is known.
+class Exponent(int):
+    """An exponent: a whole number that says how it is known.
 
     Attributes:
-        value: the number.
         status: `"proved"`, `"literature"`, `"certified numerically"` or `"lower bound"`.
     """
 
-    value: int
     status: str
+
+    def __new__(cls, value: int, status: str) -> Self:
+        made = super().__new__(cls, value)
+        made.status = status
+        return made
+
+    def __getnewargs__(self) -> tuple[int, str]:  # for copies and pickles
+        return int(self), self.status
+
+    @property
+    def value(self) -> int:
+        """The number alone."""
+        return int(self)
+
+    def __repr__(self) -> str:
+        return f"Exponent({int(self)}, {self.status!r})"
 
 
 class Witness(NamedTuple):
@@ -66,9 +80,9 @@ def exponent(m: int) -> Exponent:
 
     Example:
         >>> exponent(2)
-        Exponent(value=4, status='proved')
-        >>> exponent(6).status
-        'lower bound'
+        Exponent(4, 'proved')
+        >>> exponent(6) == 12, exponent(6).status
+        (True, 'lower bound')
     """
     m = checks.whole("m", m, low=1)
     known = {1: "proved", 2: "proved", 3: "literature", 4: "certified numerically", 5: "certified numerically"}

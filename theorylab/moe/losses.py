@@ -86,19 +86,23 @@ def voronoi_cells(fit: Mixture, truth: Mixture, *, features: str = "all", norm: 
 
 def _terms(fit: Mixture, truth: Mixture, cells: Array, kind: str, smooth: Any = 0.0, total: Any = 1.0) -> Array:
     """The term of each true atom, shape (k*,), without regard to empty cells; `total` multiplies all weights of the fit."""
-    member = (cells[:, None] == jnp.arange(truth.experts)).astype(fit.dtype)
+    member = cells[:, None] == jnp.arange(truth.experts)
+
+    def over(values: Array) -> Array:
+        return jnp.sum(jnp.where(member, values[:, None], 0), axis=0)  # a product would make NaN of a weight that overflows
+
     weight = total * jnp.exp(fit.gate_intercept)
     own = _Blocks(*(jnp.take_along_axis(block, cells[:, None], axis=1)[:, 0] for block in _blocks(fit, truth, smooth)))
     each = sum(own[1:], own[0])
     if kind != "exact":
-        order = 2 * jnp.sum(member, axis=0)[cells]
+        order = 2 * jnp.sum(member, axis=0).astype(fit.dtype)[cells]
         one = jnp.ones_like(order)
         slopes = (order, order / 2) if kind == "over_specified" else (2 * one, 2 * one)
         alone = order <= 2  # a cell of one: all powers are 1
         powers = [jnp.where(alone, one, power) for power in (*slopes, order, order / 2)]
         each = sum(block**power for block, power in zip(own, powers, strict=True))
-    gap = weight @ member - jnp.exp(truth.gate_intercept)
-    return (weight * each) @ member + jnp.sqrt(gap**2 + smooth**2)
+    gap = over(weight) - jnp.exp(truth.gate_intercept)
+    return over(jnp.where(each > 0, weight * each, 0)) + jnp.sqrt(gap**2 + smooth**2)
 
 
 def voronoi_loss(fit: Mixture, truth: Mixture, kind: str = "exact", *, align: str | None = None, norm: str = "l2", features: str = "all") -> Array:
@@ -141,7 +145,8 @@ def voronoi_loss(fit: Mixture, truth: Mixture, kind: str = "exact", *, align: st
         fit = _aligned(fit, truth, align, kind)
     loss = _loss(fit, truth, kind=kind, norm=norm, features=features)
     if checks.known(loss) and bool(jnp.isinf(loss)):
-        warnings.warn("a true atom has an empty cell: no fitted atom is nearest to it, so the loss is infinite", RunWarning, stacklevel=2)
+        warnings.warn("a true atom has an empty cell: no fitted atom is nearest to it (or exp(gate_intercept) overflows), so the loss is infinite",
+                      RunWarning, stacklevel=2)
     return loss
 
 

@@ -115,7 +115,7 @@ class Mixture(Module):
 
     def inputs(self, x: Any) -> Array:
         """`x` checked, with shape `(n, d)`; for d = 1 a vector of length n will do."""
-        x = jnp.reshape(x, (-1, 1)) if self.dim == 1 and np.ndim(x) == 1 else x
+        x = checks.array("x", x, (None,))[:, None] if self.dim == 1 and np.ndim(x) == 1 else x
         x = checks.array("x", x, (None, self.dim))
         checks.same_dtype(**{"parameters of the mixture": self.variance, "x": x})
         return x
@@ -303,10 +303,14 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
            [[1.0, 1.0], [-1.0, 2.0], [2.0, -1.0], [0.0, 0.0]], [0.0, 3.0, -3.0, 6.0], [0.1, 0.1, 0.1, 0.1], 2, "slope"),
 }
 
+# Two of them by what they are; the two lines ranked by slopes, as in the paper's text, so that on [0, 1] the first serves every input.
+_SETTINGS |= {"two-experts": (*_SETTINGS["S0"][:-1], "slope"), "dense": _SETTINGS["S2"]}
+
 
 def example(name: str, *, active: int | None = None, selection: str | None = None) -> Mixture:
-    """A reference setting: `"S0"` (the two lines of both papers), `"S1"` (identifiable, K = 2 of 3), `"S2"` (dense), `"S3"` (d = 2).
+    """A reference setting: `"S0"` (the two lines of both papers), `"S1"` (identifiable, K = 2 of 3), `"S2"` or `"dense"`, `"S3"` (d = 2).
 
+    `"two-experts"` is S0 with the selection of the paper's text, by slopes, which uses one of its lines only for inputs on [0, 1].
     Inputs are uniform on [0, 1] for S0 and S2, on [-1, 1] in each coordinate for S1 and S3. S1 to S3 are companion settings.
 
     Args:

@@ -41,7 +41,7 @@ class Likelihood(Problem):
         weight: weights of the rows, not negative; 1 unless given.
         chunk: rows whose sums are taken at once; memory does not grow with n beyond the data.
         axis: name of a mapped axis (`shard_map`, `vmap`) over which the rows are split; sums are then added over it.
-        per_pass: batches in one pass, where the rows are one batch of a stream: see `streamed`.
+        per_pass: batches in one pass, where the rows are one batch of a stream (0: the method knows): see `streamed`.
 
     Raises:
         ShapeError, PrecisionError, NonFiniteInputError: the data are wrong; the message names the argument.
@@ -70,11 +70,11 @@ class Likelihood(Problem):
     selection: str = choice(among=SELECTIONS)
     chunk: int = size()
     axis: Any = choice()
-    per_pass: int | None = size()
+    per_pass: int | None = size(low=0)
 
     def __init__(self, x: Any, y: Any, experts: int, active: int, selection: str = "slope", weight: Any = None, *, chunk: int = CHUNK,
                  axis: str | None = None, per_pass: int | None = None):
-        x = jnp.reshape(x, (-1, 1)) if np.ndim(x) == 1 else x
+        x = checks.array("x", x, (None,))[:, None] if np.ndim(x) == 1 else x
         self.x = checks.array("x", x, (None, None))
         n = self.x.shape[0]
         self.y = checks.array("y", y, (n,))
@@ -88,7 +88,7 @@ class Likelihood(Problem):
     def _settings(self, experts: Any, active: Any, selection: str, chunk: Any, axis: str | None, per_pass: int | None) -> None:
         self.experts = checks.whole("experts", experts, low=1)
         self.active = checks.whole("active", active, low=1, high=self.experts)
-        self.selection = checks.among("selection", selection, SELECTIONS)
+        self.selection = selection
         self.chunk, self.axis, self.per_pass = checks.whole("chunk", chunk, low=1), axis, per_pass
 
     def _check_data(self, total: Array) -> None:
@@ -107,10 +107,11 @@ class Likelihood(Problem):
                           "its coefficients are not; drop the column", RunWarning, stacklevel=3)
 
     @classmethod
-    def streamed(cls, stream: Stream, experts: int, active: int, selection: str = "slope", *, chunk: int = CHUNK) -> Self:
+    def streamed(cls, stream: Stream | None = None, experts: int = 1, active: int = 1, selection: str = "slope", *, chunk: int = CHUNK) -> Self:
         """The problem for `iterate(..., StreamedEM(stream.per_pass), data=stream)`: rows are read, used and forgotten.
 
-        One pass is made at once, for the location and scale of the data.
+        One pass is made at once, for the location and scale of the data. Without `stream` there is none: sums are taken in the inputs as they
+        are, which should then be of order 1 and near 0, and the floor of the variances follows the batch.
 
         Args:
             stream: batches (x, y), or ((x, y), weight) as `Rows(..., remainder="weight")` gives, which counts every row.
@@ -129,6 +130,10 @@ class Likelihood(Problem):
             >>> moe.Likelihood.streamed(rows, experts=3, active=2).per_pass
             7
         """
+        if stream is None:
+            line = np.arange(3.0 * checks.whole("experts", experts, low=1))
+            nothing = (jnp.zeros((1, 0)), jnp.zeros(1), jnp.zeros(1), jnp.asarray(0.0), jnp.asarray(1.0), jnp.asarray(0.0))
+            return eqx.tree_at(_data, cls(line, line, experts, active, selection, chunk=chunk, per_pass=0), nothing)
         per_pass = getattr(stream, "per_pass", None)
         if per_pass is None:
             raise ArgumentError(f"stream must know its per_pass, because every step needs all data, got {type(stream).__name__}; use Rows")
@@ -154,13 +159,16 @@ class Likelihood(Problem):
 
     def feed(self, batch: Any) -> Self:
         x, y, weight = _parts(batch)
+        if self.dim == 0:
+            place = (jnp.zeros(x.shape[1], x.dtype), jnp.ones(x.shape[1], x.dtype), _describe(x, y, weight, None)[3])
+            return eqx.tree_at(_data, self, (x, y, weight, *place))
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ShapeError(f"a batch must hold x of shape (rows, {self.dim}), got {x.shape}")
         return eqx.tree_at(lambda p: (p.x, p.y, p.weight), self, (x, y, weight))
 
     @property
     def dim(self) -> int:
-        """Number of inputs d."""
+        """Number of inputs d; 0 for a streamed problem that has seen no row."""
         return self.x.shape[-1]
 
     def log_likelihood(self, mixture: Mixture, mask: Array | None = None) -> Array:
@@ -172,6 +180,11 @@ class Likelihood(Problem):
         """The routing of the rows, shape `(k, n)`."""
         return density.routing(mixture, self.x)
 
+    def routed(self, mixture: Mixture, mask: Array) -> Array:
+        """Whether `mixture` gives all rows of positive weight the routing `mask`."""
+        others = jnp.sum(jnp.any(self.routing(mixture) != mask, axis=0) & (self.weight > 0))
+        return (others if self.axis is None else jax.lax.psum(others, self.axis)) == 0
+
     def check_mixture(self, mixture: Any, name: str = "x0") -> Mixture:
         """`mixture`, refused unless it belongs to this problem.
 
@@ -181,12 +194,13 @@ class Likelihood(Problem):
         """
         if not isinstance(mixture, Mixture):
             raise ArgumentError(f"{name} must be a Mixture, got {type(mixture).__name__}; near, kmeans and dense_first make one")
-        if mixture.gate_coef.shape != (self.experts, self.dim):
+        if mixture.gate_coef.shape != (self.experts, self.dim or mixture.dim):
             raise ShapeError(f"{name} must have {self.experts} experts of {self.dim} inputs, got gate_coef of shape {mixture.gate_coef.shape}")
         if (mixture.active, mixture.selection) != (self.active, self.selection):
             raise ArgumentError(f"{name} must keep active={self.active} experts by selection={self.selection!r}, "
                                 f"got {mixture.active} and {mixture.selection!r}")
-        checks.same_dtype(**{"x": self.x, name: mixture.variance})
+        if self.dim:
+            checks.same_dtype(**{"x": self.x, name: mixture.variance})
         return mixture
 
     def start(self, key: Key) -> Mixture:
@@ -216,6 +230,10 @@ class Likelihood(Problem):
         return Below("score_norm", tolerance) & Below("gain", tolerance / 1000)
 
 
+def _data(problem: Likelihood) -> tuple[Array, ...]:
+    return problem.x, problem.y, problem.weight, problem.center, problem.scale, problem.spread
+
+
 def _parts(batch: Any) -> tuple[Any, Any, Any]:
     """x, y and weight of a batch."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], (tuple, list)):
@@ -224,7 +242,7 @@ def _parts(batch: Any) -> tuple[Any, Any, Any]:
         x, y, weight = (*batch, None) if len(batch) == 2 else batch
     else:
         raise ArgumentError("a batch must be (x, y), (x, y, weight) or ((x, y), weight)")
-    x = x.reshape(-1, 1) if x.ndim == 1 else x
+    x, y = x.reshape(-1, 1) if x.ndim == 1 else x, y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
     return x, y, jnp.ones(y.shape, y.dtype) if weight is None else weight.astype(y.dtype)
 
 

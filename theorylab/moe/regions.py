@@ -63,8 +63,8 @@ def region_masses(mixture: Mixture, law: Any = (0.0, 1.0), *, samples: int = SAM
 
     Args:
         mixture: the model.
-        law: `(low, high)` for uniform inputs, numbers or shape `(d,)`; or `(points, weights)`, of shapes `(m, d)` and `(m,)`; or a function of
-            (key, n) that draws n inputs. For a uniform law and d = 1 masses are exact; for `(points, weights)` those of that law.
+        law: `(low, high)` for uniform inputs, numbers or shape `(d,)`; or `(points, weights)`, of shapes `(m, d)` and `(m,)`, or points alone;
+            or a function of (key, n) that draws n inputs. For a uniform law and d = 1 masses are exact; for points those of that law.
         samples: draws, where masses are estimated.
         key: seed or JAX key of the draws.
 
@@ -80,8 +80,10 @@ def region_masses(mixture: Mixture, law: Any = (0.0, 1.0), *, samples: int = SAM
     if callable(law):
         points = np.asarray(law(stream(key, "law"), samples))
         return _tally(mixture, points, np.full(len(points), 1 / len(points)), len(points))
+    if np.ndim(law) == 2 and not isinstance(law, (tuple, list)):
+        law = (law, np.ones(len(law)))
     if not isinstance(law, (tuple, list)) or len(law) != 2:
-        raise ArgumentError("law must be (low, high), (points, weights) or a function of (key, n)")
+        raise ArgumentError("law must be (low, high), (points, weights), an array of points or a function of (key, n)")
     if np.ndim(law[0]) == 2:
         points, weights = np.asarray(law[0]), np.asarray(law[1])
         if weights.shape != points.shape[:1]:

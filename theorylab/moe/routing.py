@@ -19,6 +19,7 @@ from theorylab.core.problem import Method, Problem
 from theorylab.core.psd import product
 from theorylab.core.stop import Below
 from theorylab.errors import ArgumentError
+from theorylab.moe import density
 from theorylab.moe.annealing import SMALLEST_VARIANCE, annealed, standard, with_gate
 from theorylab.moe.em import EM, m_step, moved, quality
 from theorylab.moe.model import Mixture
@@ -299,7 +300,7 @@ def _patterns(problem: Likelihood, m: Mixture, key: Array, random: bool) -> Mixt
     """One round of pattern search on the gate, in standardized inputs."""
     gate = standard(problem, m.gate_matrix)
     k, p = gate.shape
-    steps = jnp.asarray(STEPS, gate.dtype)
+    steps, wide = jnp.asarray(STEPS, gate.dtype), jnp.result_type(float)
     shape_key, row_key, order_key = jax.random.split(key, 3)
     directions = jnp.eye(k * p, dtype=gate.dtype).reshape(-1, k, p)
     if random:
@@ -308,8 +309,23 @@ def _patterns(problem: Likelihood, m: Mixture, key: Array, random: bool) -> Mixt
         alone = (row[:, None] == jnp.arange(k)) | (row[:, None] >= k)
         directions = jax.random.permutation(order_key, jnp.concatenate([directions, noise * alone[:, :, None].astype(gate.dtype)]))
 
+    # Along a direction logits and scores are linear in the step, and the experts' densities do not change: all are made once.
+    z = standardized(problem.x, problem.center, problem.scale)
+    joint = density.log_normal(m, problem.y - density.expert_means(m, problem.x))
+    shift = lambda gate: to_inputs(gate, problem.center, problem.scale)[:, :1] if m.selection == "slope" else 0  # noqa: E731
+
     def along(gate: Array, direction: Array) -> tuple[Array, None]:
-        values = jax.vmap(lambda t: problem.log_likelihood(with_gate(problem, m, gate + t * direction)))(steps)
+        lines = jnp.concatenate([product(gate, z), product(direction, z), joint])
+
+        def value(t: Array) -> Array:
+            def of_rows(x: Array, y: Array, w: Array, rows: Array) -> Array:
+                logits = rows[:k] + t * rows[k:2 * k]
+                mask = density.top(logits - shift(gate + t * direction), m.active)
+                return jnp.sum(w * (density.log_sum(logits + rows[2 * k:], mask) - density.log_sum(logits, mask)), dtype=wide)
+
+            return over_chunks(of_rows, problem, lines)
+
+        values = jax.vmap(value)(steps)
         return gate + steps[jnp.argmax(jnp.where(jnp.isfinite(values), values, -jnp.inf))] * direction, None
 
     return tree.strong(with_gate(problem, m, jax.lax.scan(along, gate, directions)[0]))

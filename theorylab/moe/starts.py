@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +21,7 @@ from theorylab.moe.problem import Likelihood
 
 Array = jax.Array
 LLOYD_STEPS = 25
+SHORT_ROWS = 2048                                   # rows that the short fits of `best_start` see at most
 GATE_STEPS = 5
 GATE_RIDGE = 1e-4                                   # hard labels may be separable: a few damped steps stay finite
 FLOOR = 1e-6
@@ -160,6 +162,8 @@ def dense_first(likelihood: Likelihood, *, key: Key | int, steps: int = 100) -> 
 def best_start(likelihood: Likelihood, *, key: Key | int, starts: int = 8, steps: int = 30) -> Mixture:
     """The best, by the likelihood, of several short fits by EM from `kmeans`, made in one batch.
 
+    Of more than 2048 rows they see 2048, spread evenly over those of positive weight: fits from here go on with all rows.
+
     Args:
         likelihood: the problem.
         key: seed or JAX key.
@@ -177,17 +181,30 @@ def best_start(likelihood: Likelihood, *, key: Key | int, starts: int = 8, steps
     """
     checks.whole("steps", steps, low=1)
     keys = jax.random.split(as_key(key), checks.whole("starts", starts, low=1))
-    fits, values = _fits(_checked(likelihood), keys, jnp.asarray(steps, jnp.int32))
+    fits, values = _fits(_checked(likelihood), as_key(key), keys, jnp.asarray(steps, jnp.int32))
     return jax.tree.map(lambda leaf: leaf[jnp.nanargmax(values)], fits)
 
 
 @jax.jit
-def _fits(likelihood: Likelihood, keys: Key, steps: Any) -> tuple[Mixture, Array]:
+def _fits(likelihood: Likelihood, key: Key, keys: Key, steps: Any) -> tuple[Mixture, Array]:
+    if len(likelihood.y) > SHORT_ROWS:
+        likelihood = _thinned(likelihood, stream(key, "rows"))
+
     def one(key: Key) -> tuple[Mixture, Array]:
         run = iterate(likelihood, EM(), kmeans(likelihood, key=key), steps=steps, keep="last")
         return run.value, jnp.asarray(run.history["log_likelihood"])[-1]
 
     return jax.vmap(one)(keys)
+
+
+def _thinned(likelihood: Likelihood, key: Key) -> Likelihood:
+    """The problem on `SHORT_ROWS` of its rows: one at random from each of as many equal groups of the rows of positive weight."""
+    passed = jnp.cumsum(likelihood.weight > 0)
+    u = jax.random.uniform(key, (SHORT_ROWS,), likelihood.y.dtype)
+    place = (jnp.arange(SHORT_ROWS, dtype=u.dtype) + u) / SHORT_ROWS * passed[-1].astype(u.dtype)
+    rows = jnp.minimum(jnp.searchsorted(passed, place.astype(passed.dtype), side="right"), len(passed) - 1)
+    x, y, weight = likelihood.x[rows], likelihood.y[rows], likelihood.weight[rows]
+    return eqx.tree_at(lambda p: (p.x, p.y, p.weight), likelihood, (x, y, weight))
 
 
 @jax.jit

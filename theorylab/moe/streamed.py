@@ -69,7 +69,7 @@ class StreamedEM(Method):
         problem.check_mixture(x0)
 
     def prepare(self, problem: Any) -> StreamedEM:
-        if problem.per_pass != self.per_pass:
+        if problem.per_pass not in (0, self.per_pass):
             raise ArgumentError(f"StreamedEM: per_pass must be that of the problem, {problem.per_pass}, got {self.per_pass}; make the problem with "
                                 "Likelihood.streamed(stream, ...), or use EM for data in memory")
         return self

@@ -28,8 +28,8 @@ PANELS = 2  # of the quadrature in each lane: ample for averages over replicates
 SAMPLES = 2000
 
 
-def rate_study(truth: Mixture, experts: int, sizes: Sequence[int], replicates: int, *, key: Key | int, active: int | None = None,
-               law: Any = (0.0, 1.0), method: Any = None, steps: int = 500, tolerance: float = 1e-9, kind: str = "exact",
+def rate_study(truth: Mixture, experts: int, sizes: Sequence[int], replicates: int, *, key: Key | int = 0, active: int | None = None,
+               law: Any = (0.0, 1.0), method: Any = None, starts: int = 1, steps: int = 500, tolerance: float = 1e-9, kind: str = "exact",
                align: str | None = "reference", features: str = "experts", distance: bool = True, out: str | Path | None = None,
                chunk: int = CHUNK, **options: Any) -> Table:
     """Draw data from `truth`, fit, and measure, for every size and replicate; feed the table to `tl.fit_rate`.
@@ -47,6 +47,7 @@ def rate_study(truth: Mixture, experts: int, sizes: Sequence[int], replicates: i
         active: fitted K; that of the truth unless given.
         law: of x: a pair (low, high) for a uniform law, or a function of (key, n).
         method: `EM()` unless given, or another method for a `Likelihood`.
+        starts: of each fit, all near the truth; the one that ends with the largest likelihood is kept.
         steps: most steps of each fit.
         tolerance: gain per row at which a fit ends.
         kind: of `voronoi_loss`.
@@ -82,9 +83,9 @@ def rate_study(truth: Mixture, experts: int, sizes: Sequence[int], replicates: i
     # Checked here, before anything is drawn: inside the sweep an error would come after the compilation.
     voronoi_loss(truth, truth, kind, align=align, features=features)
     params = {"truth": truth, "law": law, "method": EM() if method is None else method, "tolerance": float(tolerance), "experts": experts,
-              "active": active, "rows": max(sizes), "steps": checks.whole("steps", steps, low=1), "kind": kind, "align": align,
-              "features": features, "distance": bool(distance)}
-    return sweep_grid(_fit, {"n": sizes}, replicates, key=key, params=params, shapes=("experts", "active", "rows", "steps"), out=out,
+              "active": active, "rows": max(sizes), "starts": checks.whole("starts", starts, low=1), "steps": checks.whole("steps", steps, low=1),
+              "kind": kind, "align": align, "features": features, "distance": bool(distance)}
+    return sweep_grid(_fit, {"n": sizes}, replicates, key=key, params=params, shapes=("experts", "active", "rows", "starts", "steps"), out=out,
                       chunk=chunk, **options)
 
 
@@ -96,12 +97,21 @@ def _fit(params: dict[str, Any], key: Key, i: Any) -> dict[str, Any]:
     else:
         x, y = truth.sample(rows, key=stream(key, "data"), low=law[0], high=law[1])
     likelihood = Likelihood(x, y, params["experts"], params["active"], truth.selection, (jnp.arange(rows) < n).astype(y.dtype))
-    start = near(truth, params["experts"], key=stream(key, "start"), rows=n, active=params["active"])
-    solution = iterate(likelihood, params["method"], start, steps=params["steps"], stop=Below("gain", params["tolerance"]), keep="last",
-                       key=stream(key, "fit"))
-    loss = voronoi_loss(solution.value, truth, params["kind"], align=params["align"], features=params["features"])
-    found = {"loss": loss, "log_likelihood": solution.history.columns["log_likelihood"][-1], "steps": solution.steps, "status": solution.status}
+
+    def one(key: Key) -> tuple[Mixture, dict[str, Any]]:
+        start = near(truth, params["experts"], key=stream(key, "start"), rows=n, active=params["active"])
+        solution = iterate(likelihood, params["method"], start, steps=params["steps"], stop=Below("gain", params["tolerance"]), keep="last",
+                           key=stream(key, "fit"))
+        value = jnp.asarray(solution.history.columns["log_likelihood"])[-1]
+        return solution.value, {"log_likelihood": value, "steps": solution.steps, "status": solution.status}
+
+    if params["starts"] == 1:
+        fit, found = one(key)
+    else:
+        fits, runs = jax.vmap(one)(jax.random.split(stream(key, "starts"), params["starts"]))
+        fit, found = jax.tree.map(lambda leaf: leaf[jnp.nanargmax(runs["log_likelihood"])], (fits, runs))
+    found["loss"] = voronoi_loss(fit, truth, params["kind"], align=params["align"], features=params["features"])
     if params["distance"]:
         box = None if callable(law) else PANELS
-        found["hellinger"] = hellinger(solution.value, truth, law, key=stream(key, "distance"), samples=SAMPLES, panels=box).value
+        found["hellinger"] = hellinger(fit, truth, law, key=stream(key, "distance"), samples=SAMPLES, panels=box).value
     return jax.tree.map(jnp.asarray, found)

@@ -19,17 +19,22 @@ Array = jax.Array
 AVERAGES = ("none", "first_pass")
 PRECONDITIONERS = ("none", "auto", "full", "diagonal")
 PRECISIONS = ("highest", "tensorfloat32", "bfloat16")
-DAMPING = 0.03                          # of the mean eigenvalue, added to B before it is inverted: batches are noisy where B is small
+DAMPING = 0.01                          # of the mean eigenvalue, added to B before it is inverted: batches are noisy where B is small
 
 
 class Sampled(Method):
     """A method on minibatches, or on a problem that holds a batch it was fed. A subclass has the fields that are named here."""
 
     if TYPE_CHECKING:
+        step_size: ClassVar[Any]
         batch_size: ClassVar[Any]
         average: ClassVar[Any]
         order: ClassVar[Any]
         per_pass: ClassVar[Any]
+
+    def __check_init__(self) -> None:
+        if self.step_size is None:
+            raise ArgumentError(f"{type(self).__name__}: step_size must be a number or a schedule, got None")
 
     @property
     def least(self) -> int:
@@ -50,6 +55,8 @@ class Sampled(Method):
 
     def held(self, problem: BlockProblem, key: Key, step: Any) -> Batch:
         """The batch of a step: fed, or drawn."""
+        if problem.batch is None and problem.fed:
+            raise ArgumentError(f"data must be given for a streamed {type(problem).__name__}: iterate(problem, method, data=rows)")
         if problem.batch is None:
             problem = problem.sample(key, self.rows_per_batch(problem), step, self.order, self.average == "first_pass")
         batch = problem.batch
@@ -85,7 +92,7 @@ class Sampled(Method):
         return jnp.asarray(-(-problem.rows // self.rows_per_batch(problem)), jnp.int32)
 
     def cost(self, problem: BlockProblem) -> dict[str, float]:
-        held = problem.batch is not None or problem.rows is None
+        held = problem.fed or problem.batch is not None or problem.rows is None
         return {"gradients": 1.0} if held and self.batch_size is None else {"gradients": 1.0, "samples": float(self.rows_per_batch(problem))}
 
 
@@ -114,7 +121,7 @@ def diagonal_of(operator: Operator) -> Array:
         return jnp.diagonal(operator.array)
     if not isinstance(operator, Gram):
         raise ArgumentError(f"preconditioner 'diagonal' needs a matrix or rows of data, got {type(operator).__name__}; use 'none'")
-    plain = jnp.sum(operator.rows**2, axis=0) / operator.number
+    plain = jnp.sum(operator.centred**2, axis=0) / operator.number
     ridge = operator.ridge
     return plain if ridge is None else plain + (jnp.diagonal(ridge) if jnp.ndim(ridge) == 2 else ridge)
 
@@ -135,6 +142,6 @@ def spread(batch: Batch, mesh: Any) -> Batch:
             return op
         if op.rows.shape[0] % mesh.shape[axis]:
             raise ArgumentError(f"a batch must divide over the {mesh.shape[axis]} devices of mesh axis {axis!r}, got {op.rows.shape[0]} rows")
-        return Gram(lax.with_sharding_constraint(op.rows, place), op.count, op.ridge)
+        return Gram(lax.with_sharding_constraint(op.rows, place), op.count, op.ridge, op.mean)
 
     return Batch(tuple(over(op) for op in batch.operators), over(batch.cost))

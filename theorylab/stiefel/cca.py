@@ -15,9 +15,22 @@ from theorylab.core.module import choice, size
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
 from theorylab.stiefel.closed_forms import ordered, signs
-from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill, measured, sines, total, white_of, whitened
+from theorylab.stiefel.contract import (
+    Batch,
+    BlockProblem,
+    Blocks,
+    Point,
+    check_rank,
+    columns_argument,
+    fill,
+    measured,
+    sines,
+    total,
+    white_of,
+    whitened,
+)
 from theorylab.stiefel.moments import Moments, column_means, unweighted
-from theorylab.stiefel.operators import TESTED, Dense, Gram, batch_rows, plus, ridge_argument
+from theorylab.stiefel.operators import TESTED, Dense, Gram, batch_rows, fed_gram, plus, ridge_argument
 
 Array = jax.Array
 
@@ -88,7 +101,12 @@ class MultiviewCCA(BlockProblem):
         measured(reference, self.dims)
         if reference in ("value", "solution"):
             raise ArgumentError(f"reference must be 'auto' or 'none' for {len(self.dims)} views: no closed form is known, got {reference!r}")
+        self._check_ranks()
         return {}
+
+    def _check_ranks(self) -> None:
+        names = (f"the covariance of {self._name(i, len(self.dims))}" for i in range(len(self.dims)))
+        check_rank(self.p, **dict(zip(names, self.exact().operators, strict=True)))
 
     @staticmethod
     def _name(i: int, views: int) -> str:
@@ -125,11 +143,10 @@ class MultiviewCCA(BlockProblem):
 
     def feed(self, batch: Any) -> Self:
         parts, weight = unweighted(batch, len(self.centre))
-        rows = [jnp.asarray(part).astype(self.dtype) - mean for part, mean in zip(parts, self.centre, strict=True)]
-        if weight is not None:
-            rows = [jnp.where(weight[:, None] > 0, part, jnp.zeros_like(part)) for part in rows]
-        count = None if weight is None else jnp.sum(weight).astype(self.dtype)
-        return self.holding(Batch(tuple(Gram(part, count, ridge) for part, ridge in zip(rows, self.ridge, strict=True))))
+        if tuple(part.shape[1] for part in parts) != self.dims:
+            raise ShapeError(f"batch must have views of {self.dims} columns, got {tuple(part.shape[1] for part in parts)}")
+        operators = (fed_gram(part, weight, mean, ridge) for part, mean, ridge in zip(parts, self.centre, self.ridge, strict=True))
+        return self.holding(Batch(tuple(operators)))
 
     @property
     def single(self) -> bool:
@@ -173,7 +190,7 @@ class MultiviewCCA(BlockProblem):
         return Batch(tuple(Gram(part, None, ridge).take(index, inside) for part, ridge in zip(self.views, self.ridge, strict=True)))
 
     def dense(self, batch: Batch) -> Any:
-        rows = [op.rows for op in batch.operators]
+        rows = [op.centred for op in batch.operators]
         cross = tuple(product(rows[i].mT, rows[j]) / batch.operators[0].number for i, j in _pairs(len(rows)))
         return tuple(op.matrix() for op in batch.operators), cross
 
@@ -221,6 +238,7 @@ class CCA(MultiviewCCA):
     def referred(self, reference: str) -> dict[str, Any]:
         value, solution = measured(reference, self.dims)
         if not value:
+            self._check_ranks()
             return {}
         values, x, y = correlations(self)
         if not solution:

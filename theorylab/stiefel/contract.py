@@ -22,9 +22,9 @@ from theorylab.core import checks, pencil
 from theorylab.core.keys import Key
 from theorylab.core.problem import Problem
 from theorylab.core.psd import product, rank_cut
-from theorylab.errors import ArgumentError, InfeasibleStartError, ShapeError
+from theorylab.errors import ArgumentError, InfeasibleStartError, MatrixError, ShapeError
 from theorylab.stiefel.fields import _residual, _sym
-from theorylab.stiefel.operators import TESTED, Gram, Operator
+from theorylab.stiefel.operators import TESTED, Gram, Identity, Implicit, Operator
 from theorylab.stiefel.retractions import correct, divide, gram_of, retract_of
 
 Array = jax.Array
@@ -145,19 +145,20 @@ class BlockProblem(Problem):
     # ------------------------------------------------------------------------------------------ what they share
 
     def pack(self, x: Any) -> Blocks:
-        """Transposed blocks of a point.
+        """Transposed blocks of a point, in the precision of the data.
 
         Raises:
             ShapeError: x is no point of this problem.
+            PrecisionError: x holds no real numbers.
         """
         parts = (x,) if self.single else x
         if not isinstance(parts, (tuple, list)) or len(parts) != len(self.dims):
             raise ShapeError(f"x must be a tuple of {len(self.dims)} blocks, got {type(x).__name__}")
         names = ["x"] if self.single else [f"x[{i}]" for i in range(len(self.dims))]
-        for name, part, n in zip(names, parts, self.dims, strict=True):
-            if np.shape(part) != (n, self.p):
-                raise ShapeError(f"{name} must have shape ({n}, {self.p}), got {np.shape(part)}")
-        return tuple(jnp.asarray(part).mT for part in parts)
+        kinds = (jnp.asarray(part).dtype if isinstance(op, (Identity, Implicit)) else self.dtype for op, part in
+                 zip(self.exact().operators, parts, strict=True))
+        return tuple(checks.array(name, part, (n, self.p), finite=False).astype(kind).mT
+                     for name, part, n, kind in zip(names, parts, self.dims, kinds, strict=True))
 
     def unpack(self, x: Blocks) -> Any:
         """The point of transposed blocks: an array of shape `(n, p)`, or a tuple of them."""
@@ -281,6 +282,21 @@ def columns_argument(p: Any, *dims: int) -> int:
         ArgumentError: it is not.
     """
     return checks.whole("p", p, low=1, high=min(dims))
+
+
+def check_rank(p: int, **operators: Any) -> None:
+    """Refuse operators of rank below p, on the host, by the Gram matrix of p random directions; functions are not tried.
+
+    Raises:
+        MatrixError: no p columns are independent in the inner product of an operator, so that no point is feasible.
+    """
+    for name, op in operators.items():
+        if isinstance(op, (Identity, Implicit)) or not checks.known(op):
+            continue
+        values = np.linalg.eigvalsh(np.asarray(gram_of(op, jax.random.normal(jax.random.key(0), (p, op.dim), op.dtype))))
+        rank = int(np.sum(values > rank_cut(p, op.dtype) * values[-1]))
+        if rank < p:
+            raise MatrixError(f"{name} must have rank at least p = {p} for a point with X'BX = I to exist, got rank {rank}; lower p or add a ridge")
 
 
 def measured(reference: str, dims: tuple[int, ...]) -> tuple[bool, bool]:

@@ -16,7 +16,7 @@ from theorylab.core.module import choice, size
 from theorylab.core.psd import product, rank_cut
 from theorylab.errors import ArgumentError, MatrixError, ShapeError
 from theorylab.stiefel.closed_forms import ordered
-from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill, measured, reference_of, sines, whitened
+from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, check_rank, columns_argument, fill, measured, reference_of, sines, whitened
 from theorylab.stiefel.operators import Dense, Gram, Implicit, Operator, as_operator, fed_rows, plus, ridge_argument
 
 Array = jax.Array
@@ -34,10 +34,11 @@ class GEVP(BlockProblem):
         p: number of columns.
         reference: what is computed at once for the metrics: `"solution"` (for `gap` and `error`), `"value"` (for `gap`), `"none"`, or
             `"auto"`, which is `"solution"` for n up to 1024.
+        n: the size of both, where neither tells it: functions, or None.
 
     Raises:
         ShapeError, MatrixError, NonFiniteInputError: A or B are no such matrices.
-        ArgumentError: p is not between 1 and n.
+        ArgumentError: p is not between 1 and n, or the size is not known.
 
     Example:
         >>> problem = GEVP(jnp.diag(jnp.array([4.0, 1.0])), jnp.diag(jnp.array([2.0, 1.0])), p=1)
@@ -53,9 +54,9 @@ class GEVP(BlockProblem):
     p: int = size()
     fed: bool = choice()
 
-    def __init__(self, A: Any, B: Any, p: int, *, reference: str = "auto"):
+    def __init__(self, A: Any, B: Any, p: int, *, reference: str = "auto", n: int | None = None):
         a, b = (_plain(M) for M in (A, B))
-        self.cost = as_operator("A", a, _size(a) or _size(b), positive=False)
+        self.cost = as_operator("A", a, n or _size(a) or _size(b), positive=False)
         self.operator = as_operator("B", b, self.cost.dim, dtype=self.cost.dtype)
         if not isinstance(self.cost, Implicit) and not isinstance(self.operator, Implicit):
             checks.same_dtype(A=self.cost, B=self.operator)
@@ -67,6 +68,7 @@ class GEVP(BlockProblem):
     def referred(self, reference: str) -> dict[str, Any]:
         value, solution = measured(reference, self.dims)
         if not value:
+            check_rank(self.p, B=self.operator)
             return {}
         pairs = leading(self.cost.matrix(), self.operator.matrix(), self.p)
         return {"optimum": -jnp.sum(pairs.values) / 2} | ({"solution": reference_of(self.operator, pairs.vectors)} if solution else {})

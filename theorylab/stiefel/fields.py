@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from theorylab.core import checks
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, ShapeError
+from theorylab.stiefel.operators import Gram
 
 Array = jax.Array
 TANGENTS = ("relative", "relative_solved", "riemannian", "plam")
@@ -217,7 +218,8 @@ def u_statistic_field(rows: Any, coefficients: Any, x: Any, ridge: Any = None, a
 
     Raises:
         ShapeError: shapes that do not match.
-        ArgumentError: fewer than three rows.
+        ArgumentError: fewer than three rows, or a negative ridge.
+        MatrixError: a ridge that is not symmetric.
         UnknownNameError: another normal term.
 
     Example:
@@ -232,7 +234,9 @@ def u_statistic_field(rows: Any, coefficients: Any, x: Any, ridge: Any = None, a
     if rows.shape[0] < 3:
         raise ArgumentError(f"rows must hold at least 3 rows for an unbiased estimate, got {rows.shape[0]}")
     checks.same_dtype(rows=rows, coefficients=coefficients, x=xt)
-    return u_statistic_of(rows, jnp.asarray(rows.shape[0], rows.dtype), coefficients.mT, xt, xt @ rows.mT, ridge, attraction, normal=normal).mT
+    if ridge is not None and checks.known(ridge):
+        ridge = checks.real("ridge", ridge, low=0.0) if jnp.ndim(ridge) == 0 else checks.symmetric("ridge", ridge, xt.shape[-1])
+    return u_statistic_of(Gram(rows, None, ridge), coefficients.mT, xt, xt @ rows.mT, attraction, normal=normal).mT
 
 
 # ---------------------------------------------------------------------------- the same on transposed points (p by n), as the methods carry them
@@ -288,13 +292,13 @@ def two_sample_of(gt: Array, xt: Array, b1: Array, b2: Array, attraction: Any, *
 
 
 @partial(jax.jit, static_argnames="normal")
-def u_statistic_of(rows: Array, count: Array, ct: Array, xt: Array, yt: Array, ridge: Any, attraction: Any, *, normal: str,
-                   inverse: Any = None) -> Array:
-    """The estimate over distinct rows; `yt` are the scores (A x)ᵀ, rows of zeros are padding and `count` is the number of the others."""
-    r, one, two = count, count - 1, count - 2
-    ut, vt = lifted(inverse, yt @ rows), lifted(inverse, ct @ rows)
-    kyt, kct = ut @ rows.mT, vt @ rows.mT
-    dt = kyt - jnp.sum(lifted(inverse, rows) * rows, axis=-1) * yt
+def u_statistic_of(batch: Gram, ct: Array, xt: Array, yt: Array, attraction: Any, *, normal: str, inverse: Any = None) -> Array:
+    """The estimate over distinct rows of a batch; `yt` are their scores (A x)ᵀ."""
+    r, ridge = batch.number, batch.ridge
+    one, two = r - 1, r - 2
+    ut, vt = lifted(inverse, r * batch.lift(yt)), lifted(inverse, r * batch.lift(ct))
+    kyt, kct = batch.image(ut), batch.image(vt)
+    dt = kyt - jnp.sum(lifted(inverse, batch.centred) * batch.centred, axis=-1) * yt
     weight = (jnp.sum(yt * kct, axis=-2) - jnp.sum(ct * kyt, axis=-2)) / (2 * r * one * two)
     on_v = product(dt, yt.mT) / (2 * r * one * two)
     on_u = -product(dt, ct.mT) / (2 * r * one * two)
@@ -304,7 +308,7 @@ def u_statistic_of(rows: Array, count: Array, ct: Array, xt: Array, yt: Array, r
     if ridge is not None:
         plain = xt @ ridge if jnp.ndim(ridge) == 2 else ridge * xt
         tt = lifted(inverse, plain)
-        st = tt @ rows.mT
+        st = batch.image(tt)
         cross = product(st, yt.mT)
         on_v = on_v + (cross + cross.mT) / (2 * r * one) + product(tt, plain.mT) / (2 * r)
         weight = weight - jnp.sum(ct * st, axis=-2) / (2 * r * one)
@@ -320,7 +324,7 @@ def u_statistic_of(rows: Array, count: Array, ct: Array, xt: Array, yt: Array, r
             stretch = product(xt, plain.mT)
             pairs, on_t = pairs + stretch / r, on_t + attraction * _residual(squares / r + stretch)
         on_u = on_u + attraction * pairs
-    total = on_v @ vt + on_u @ ut + lifted(inverse, (weight * yt) @ rows)
+    total = on_v @ vt + on_u @ ut + lifted(inverse, r * batch.lift(weight * yt))
     if tt is not None:
         total = total + on_t @ tt
     return total + on_x @ xt if normal == "newton_schulz" else total

@@ -14,9 +14,9 @@ from theorylab.core.module import choice, size
 from theorylab.core.psd import product
 from theorylab.errors import ShapeError
 from theorylab.stiefel.cca import centred
-from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill
+from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, check_rank, columns_argument, fill
 from theorylab.stiefel.moments import Moments, unweighted
-from theorylab.stiefel.operators import Dense, Gram, Operator, plus, ridge_argument
+from theorylab.stiefel.operators import Dense, Gram, Operator, fed_gram, plus, ridge_argument
 from theorylab.stiefel.quantities import amari_of
 
 Array = jax.Array
@@ -66,6 +66,7 @@ class ICA(BlockProblem):
     Raises:
         ShapeError, NonFiniteInputError: X is no such array.
         ArgumentError: p is not between 1 and n.
+        MatrixError: the rank of the covariance is below p.
         UnknownNameError: another contrast or sign.
 
     Example:
@@ -90,6 +91,7 @@ class ICA(BlockProblem):
         X = checks.array("X", X, (None, None))
         (X,), (centre,) = centred((X,), center)
         fill(self, self._fields(X, None, centre, p, contrast, sign, ridge, mixing))
+        check_rank(self.p, **{"the covariance of X": self.exact().operators[0]})
 
     @classmethod
     def _fields(cls, data: Any, moment: Any, centre: Array, p: int, contrast: str, sign: Any, ridge: Any, mixing: Any,
@@ -132,11 +134,9 @@ class ICA(BlockProblem):
 
     def feed(self, batch: Any) -> Self:
         (rows,), weight = unweighted(batch, 1)
-        rows = jnp.asarray(rows).astype(self.dtype) - self.centre
-        if weight is None:
-            return self.holding(Batch((Gram(rows, None, self.ridge),)))
-        rows = jnp.where(weight[:, None] > 0, rows, jnp.zeros_like(rows))
-        return self.holding(Batch((Gram(rows, jnp.sum(weight).astype(self.dtype), self.ridge),)))
+        if rows.shape[1] != self.centre.shape[0]:
+            raise ShapeError(f"batch must have {self.centre.shape[0]} columns, got {rows.shape[1]}")
+        return self.holding(Batch((fed_gram(rows, weight, self.centre, self.ridge),)))
 
     def exact(self) -> Batch:
         return Batch((Dense(self.moment) if self.data is None else Gram(self.data, None, self.ridge),))

@@ -114,12 +114,13 @@ class Identity(Operator):
 
 
 class Gram(Operator):
-    r"""$B = A^\top A / r + R$ for r rows of data A and a ridge R; no matrix of size n by n is formed.
+    r"""$B = A^\top A / r + R$ for r rows of data A and a ridge R; no matrix of size n by n is formed, and no centred copy of the rows.
 
     Args:
         rows: the data A, shape `(rows, n)`; rows of zeros are padding.
         count: the number r of rows that count; all of them if None.
         ridge: None, a number $\rho$ for $R = \rho I$, or a symmetric matrix R.
+        mean: what is subtracted from each row, shape `(n,)`, or None; not with rows of padding.
 
     Example:
         >>> Gram(jnp.array([[1.0, 1.0], [1.0, -1.0]])).matrix().tolist()
@@ -129,6 +130,7 @@ class Gram(Operator):
     rows: Array
     count: Any = None
     ridge: Any = None
+    mean: Any = None
 
     @property
     def dim(self) -> int:
@@ -143,12 +145,20 @@ class Gram(Operator):
         """How many rows count, in the dtype of the data."""
         return jnp.asarray(self.rows.shape[-2] if self.count is None else self.count, self.rows.dtype)
 
+    @property
+    def centred(self) -> Array:
+        """The rows without their mean."""
+        return self.rows if self.mean is None else self.rows - self.mean
+
     def image(self, xt: Array) -> Array:
-        return xt @ self.rows.mT
+        scores = xt @ self.rows.mT
+        return scores if self.mean is None else scores - (xt @ self.mean)[..., None]
 
     def lift(self, scores: Array) -> Array:
         """Rows of data weighted by scores and averaged: (Aᵀ s / r)ᵀ."""
-        return (scores / self.number) @ self.rows
+        weights = scores / self.number
+        plain = weights @ self.rows
+        return plain if self.mean is None else plain - jnp.sum(weights, axis=-1, keepdims=True) * self.mean
 
     def product(self, xt: Array, image: Array) -> Array:
         return ridged(self.lift(image), xt, self.ridge)
@@ -158,7 +168,7 @@ class Gram(Operator):
         return plain if self.ridge is None else plain + product(xt, ridged(jnp.zeros_like(yt), yt, self.ridge).mT)
 
     def split(self, image: Array, parts: int) -> list[tuple[Operator, Array]]:
-        return [(Gram(self.rows[i::parts], self._share(i, parts), self.ridge), image[..., i::parts]) for i in range(parts)]
+        return [(Gram(self.rows[i::parts], self._share(i, parts), self.ridge, self.mean), image[..., i::parts]) for i in range(parts)]
 
     def _share(self, i: int, parts: int) -> Any:
         """How many of the rows i, i + parts, ... count; padding stands at the end, so it is shared evenly."""
@@ -337,7 +347,7 @@ def as_operator(name: str, value: Any, dim: int | None = None, *, dtype: Any = N
         if dim is None:
             raise ArgumentError(f"n must be given when {name} is {'the identity' if value is None else 'a function'}: its size is not known")
         kind = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
-        return Identity(dim, kind) if value is None else Implicit(_WithoutArgs(value), dim, (), kind)
+        return Identity(dim, kind) if value is None else Implicit(WithoutArgs(value), dim, (), kind)
     if np.ndim(value) == 2 and np.shape(value)[0] != np.shape(value)[1]:
         return Gram(checks.array(name, value, (None, dim)))
     return Dense(matrix_argument(name, value, dim, positive=positive))
@@ -353,7 +363,15 @@ def fed_rows(rows: Any, n: int, dtype: Any) -> Array:
     return rows.astype(dtype)
 
 
-class _WithoutArgs(Module):
+def fed_gram(rows: Any, weight: Any, mean: Array, ridge: Any) -> Gram:
+    """The operator of fed rows in the dtype of their mean, which is subtracted; rows of weight 0 are padding."""
+    rows = jnp.asarray(rows).astype(mean.dtype)
+    if weight is None:
+        return Gram(rows, None, ridge, mean)
+    return Gram(jnp.where(weight[:, None] > 0, rows - mean, jnp.zeros_like(rows)), jnp.sum(weight).astype(mean.dtype), ridge)
+
+
+class WithoutArgs(Module):
     """A function of x alone as a function of (x, args); compared by the identity of the function."""
 
     function: Callable = choice()

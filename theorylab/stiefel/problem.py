@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,8 +15,8 @@ from theorylab.core.keys import Key
 from theorylab.core.module import choice, size
 from theorylab.core.stream import Stream
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, columns_argument, fill, reference_of, sines
-from theorylab.stiefel.operators import Dense, Gram, Operator, as_operator, fed_rows
+from theorylab.stiefel.contract import Batch, BlockProblem, Blocks, Point, check_rank, columns_argument, fill, reference_of, sines
+from theorylab.stiefel.operators import Dense, Gram, Operator, WithoutArgs, as_operator, fed_rows
 from theorylab.stiefel.retractions import correct
 
 Array = jax.Array
@@ -25,9 +26,10 @@ class StiefelProblem(BlockProblem):
     r"""Minimize any differentiable $f(X)$ over $X^\top B X = I$; the gradient is taken by automatic differentiation.
 
     Args:
-        objective: `objective(x, args)`, a number for x of shape `(n, p)`; a plain function, whose arrays are in `args`.
+        objective: `objective(x, args)`, a number for x of shape `(n, p)`; a plain function, whose arrays are in `args`. A function of x alone is
+            taken too.
         B: a symmetric positive semidefinite matrix, rows of data ($B = A^\top A / r$; wrap square ones in `Gram`), a function x -> B x, an
-            operator, or a stream of rows, whose first batch is then the reference for metrics; None is the identity.
+            operator, or a stream of rows: then the problem is `streamed` and the first batch is the reference for metrics; None is the identity.
         p: number of columns.
         args: arrays handed to the objective.
         n: number of rows, where B is a function or None.
@@ -56,14 +58,15 @@ class StiefelProblem(BlockProblem):
     def __init__(self, objective: Callable, B: Any, p: int, args: Any = (), *, n: int | None = None, optimum: Any = None, solution: Any = None):
         if not callable(objective):
             raise ArgumentError(f"objective must be a function of (x, args), got {objective!r}")
-        self.function = objective
+        self.function = objective if _takes_args(objective) else WithoutArgs(objective)
         self.args = tree.check_finite("args", jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, args))
         leaves = tree.inexact_leaves(self.args)
         rows = B.batch(0) if isinstance(B, Stream) and not isinstance(B, Operator) else None
         B = B if rows is None else Gram(checks.array("B", rows, (None, n)))
         self.operator = as_operator("B", B, n, dtype=leaves[0].dtype if leaves else None)
         self.p = columns_argument(p, self.operator.dim)
-        self.batch, self.fed = None, False
+        check_rank(self.p, B=self.operator)
+        self.batch, self.fed = None, rows is not None
         self.optimum = None if optimum is None else jnp.asarray(checks.real("optimum", optimum), self.dtype)
         self.solution = None if solution is None else reference_of(self.operator, checks.array("solution", solution, (self.operator.dim, self.p)))
         shape = jax.eval_shape(self.function, jax.ShapeDtypeStruct((self.operator.dim, self.p), self.dtype), self.args)
@@ -115,6 +118,17 @@ class StiefelProblem(BlockProblem):
         return row
 
 
+def _takes_args(function: Callable) -> bool:
+    """Whether a function can be called as `function(x, args)`; one that hides its parameters is taken to."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
 class Procrustes(BlockProblem):
     r"""Minimize $\tfrac12\lVert A X - C\rVert_F^2$ over $X^\top B X = I$.
 
@@ -152,6 +166,7 @@ class Procrustes(BlockProblem):
         if self.C.shape[1] > self.operator.dim:
             raise ShapeError(f"C must have at most {self.operator.dim} columns, the size of B, got {self.C.shape[1]}")
         self.p = columns_argument(self.C.shape[1], self.operator.dim)
+        check_rank(self.p, B=self.operator)
         self.batch = self.optimum = self.solution = None
         self.fed = False
         if self.p == self.operator.dim or (self.A is None and B is None):

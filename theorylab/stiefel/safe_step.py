@@ -58,6 +58,8 @@ def safe_step_size(x: Any, field: Any, B: Any = None, radius: Any = 0.5, rule: s
     check_radius("radius", radius, rule)
     x = checks.array("x", x, (None, None))
     field = checks.array("field", field, (None, None))
+    if x.shape[1] > x.shape[0]:
+        raise ShapeError(f"x must have at most as many columns as rows, got shape {x.shape}")
     if x.shape != field.shape:
         raise ShapeError(f"field must have the shape of x, {x.shape}, got {field.shape}")
     checks.same_dtype(x=x, field=field)
@@ -122,11 +124,17 @@ def exact_steps(grams: Blocks, moved: tuple[tuple[Array, Array], ...], radius: A
 def exact_step(h: Array, w: Array, z: Array, radius: Any, largest: Any) -> Array:
     r"""The first $\eta$ at which $\lVert h - \eta W + \eta^2 Z\rVert_F$ rises through $\max(\epsilon, \lVert h\rVert_F)$; at most `largest`.
 
-    The answer never lies beyond the crossing. It is 0 if the norm begins by rising from a point outside the radius.
+    The answer never lies beyond the crossing. It is 0 if the norm begins by rising from a point outside the radius. Its derivative is that of the
+    crossing, by the implicit function theorem.
     """
+    return _first_crossing(h, w, z, jnp.asarray(radius, h.dtype), jnp.asarray(largest, h.dtype))
+
+
+@jax.custom_jvp
+def _first_crossing(h: Array, w: Array, z: Array, radius: Array, largest: Array) -> Array:
     hh, ww, zz = jnp.sum(h**2), jnp.sum(w**2), jnp.sum(z**2)
     hw, hz, wz = jnp.sum(h * w), jnp.sum(h * z), jnp.sum(w * z)
-    level = jnp.maximum(hh, radius**2 * jnp.ones_like(hh))
+    level = jnp.maximum(hh, radius**2)
     # |h(eta)| >= eta^2 |Z| - eta |W| - |h| bounds the crossing; with eta = reach t all that follows happens on [0, 1].
     moving = zz > 0
     nz, nw, total = jnp.sqrt(jnp.where(moving, zz, jnp.ones_like(zz))), jnp.sqrt(ww), jnp.sqrt(hh) + jnp.sqrt(level)
@@ -145,6 +153,19 @@ def exact_step(h: Array, w: Array, z: Array, radius: Any, largest: Any) -> Array
     _, (inside, _) = _bisect(quartic, ends[first][None], ends[first + 1][None])
     step = jnp.where(jnp.any(above), inside[0], jnp.ones_like(reach)) * reach
     return jnp.where(moving, step, largest)
+
+
+@_first_crossing.defjvp
+def _crossing_rule(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    (h, w, z, radius, largest), (dh, dw, dz, dradius, dlargest) = primals, tangents
+    eta = _first_crossing(*primals)
+    ahead = h - eta * w + eta**2 * z
+    slope = 2 * jnp.sum(ahead * (2 * eta * z - w))
+    shift = 2 * jnp.sum(ahead * (dh - eta * dw + eta**2 * dz))
+    level = jnp.where(jnp.sum(h**2) > radius**2, 2 * jnp.sum(h * dh), 2 * radius * dradius)
+    rising = slope > 0
+    turn = jnp.where(rising, (level - shift) / jnp.where(rising, slope, jnp.ones_like(slope)), jnp.zeros_like(slope))
+    return eta, jnp.where(eta < largest, turn, dlargest)
 
 
 def _value(c: Array, t: Array) -> Array:

@@ -111,7 +111,7 @@ class StochasticLanding(Sampled):
 
     def __check_init__(self) -> None:
         check_radius_argument("StochasticLanding: safe", self.safe)
-        if self.batch_size is not None and self.batch_size < self.least:
+        if self.estimator in NEEDED and self.batch_size is not None and self.batch_size < self.least:
             raise ArgumentError(f"StochasticLanding: batch_size must be at least {self.least} for estimator {self.estimator!r}, "
                                 f"got {self.batch_size}")
         if self.average != "none" and self.estimator != "one_batch":
@@ -180,7 +180,7 @@ class StochasticLanding(Sampled):
         grams = batch.grams(x, images)
         if self.estimator == "u_statistic":
             coefficients = problem.coefficients(batch, x, images)
-            return tuple(u_statistic_of(op.rows, op.number, c, xt, im, op.ridge, self.attraction, normal=self.normal, inverse=q)
+            return tuple(u_statistic_of(op, c, xt, im, self.attraction, normal=self.normal, inverse=q)
                          for op, c, xt, im, q in zip(batch.operators, coefficients, x, images, inverses, strict=True)), grams
         if self.estimator == "two_sample":
             (first, seen), (one, im1), (two, im2) = gram_split(batch, images, 3)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from theorylab.core.module import number, square
@@ -26,6 +27,13 @@ from theorylab.transformer_pde.ring import cumulative, total
 Array = jax.Array
 
 
+def _scalar(name: str, value: Any) -> Any:
+    """`value`, which is one number."""
+    if np.ndim(value):
+        raise ShapeError(f"{name} must be one number, got shape {np.shape(value)}")
+    return value
+
+
 class Head(Attention):
     """One head: queries, keys and values, and the logit scale."""
 
@@ -36,13 +44,24 @@ class Head(Attention):
 
     def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0):
         self.Q, self.K, self.V = _floating("Q", Q), _floating("K", K), _floating("V", V)
-        self.scale = scale
+        self.scale = _scalar("scale", scale)
         if self.Q.ndim != 2:
             raise ShapeError(f"Q must have shape (k, dim), got {self.Q.shape}")
         if self.K.shape != self.Q.shape:
             raise ShapeError(f"K must have the shape {self.Q.shape} of Q, got {self.K.shape}")
         if self.V.ndim:
             square("V", self.V, self.dim)
+
+    @classmethod
+    def bilinear(cls, A: Any, V: Any, scale: Any = 1.0, **options: Any) -> Self:
+        r"""The head with logit $(A x) \cdot y$: queries `A`, keys the identity, so that $P = cI$ for L2. `options` go to the class.
+
+        Example:
+            >>> Softmax.bilinear(A=jnp.diag(jnp.array([1.0, 0.5])), V=-jnp.eye(2)).A.tolist()
+            [[1.0, 0.0], [0.0, 0.5]]
+        """
+        form = square("A", _floating("A", A))
+        return cls(form, jnp.eye(form.shape[0], dtype=form.dtype), V, scale, **options)
 
     @property
     def dim(self) -> int:
@@ -145,17 +164,6 @@ class Softmax(_Kernel):
     def degree(self) -> int:
         """2: the covariance moves with the square of its size."""
         return 2
-
-    @classmethod
-    def bilinear(cls, A: Any, V: Any, scale: Any = 1.0) -> Softmax:
-        r"""The head with logit $(A x) \cdot y$: queries `A`, keys the identity.
-
-        Example:
-            >>> Softmax.bilinear(A=jnp.diag(jnp.array([1.0, 0.5])), V=-jnp.eye(2)).A.tolist()
-            [[1.0, 0.0], [0.0, 0.5]]
-        """
-        form = square("A", _floating("A", A))
-        return cls(form, jnp.eye(form.shape[0], dtype=form.dtype), V, scale)
 
     def velocity(self, mean: Float[Array, "d"], cov: Float[Array, "d d"]) -> Velocity:
         pulled = self.scale * (cov @ self.K.T)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Float
 
@@ -35,14 +37,15 @@ def closed_form(flow: GaussianFlow, state: Gaussian, times: Any) -> Gaussian:
     | Sinkhorn | a number $v$ | $A$ symmetric | one scalar equation for each eigenvalue of $L_0^\top A L_0$ |
     | each of the three | any | factor of one column, zero mean | the orbit $z = e^{\tau V} u_0$ with its clock |
     | each of the three | any, `k = 1` | $Q = r K$, zero mean | the orbit of $\Sigma_0 K^\top$ with its clock |
+    | each of the three | diagonal | $A$, $P$ and $\Sigma_0$ diagonal | the first rows in each coordinate |
 
-    Linear attention at zero mean is softmax attention. The last two rows invert a quadrature on the host, so they cannot be traced. Inside
-    compiled code a hypothesis on values that fails gives NaN in what depends on it.
+    Linear attention at zero mean is softmax attention, and a matrix $V = vI$ counts as the number. The last three rows cannot be traced: they
+    look at values, or invert a quadrature on the host. Inside compiled code a hypothesis on values that fails gives NaN in what depends on it.
 
     Args:
         flow: a `GaussianFlow` without normalization.
         state: one Gaussian.
-        times: shape `(count,)`, at least 0.
+        times: shape `(count,)`, at least 0; a single number gives a state without the leading axis.
 
     Raises:
         NoClosedFormError: none is known for this input; the message says which hypothesis fails.
@@ -55,11 +58,14 @@ def closed_form(flow: GaussianFlow, state: Gaussian, times: Any) -> Gaussian:
     """
     attention = plain_attention(flow, "closed_form", terms=("feed_forward", "noise"))
     check_state(attention, state, Gaussian)
+    if np.ndim(times) == 0:
+        return jax.tree.map(lambda rows: rows[0], closed_form(flow, state, jnp.reshape(_floating("times", times), 1)))
     times = _times(times).astype(state.factor.dtype)
     attention, state = without_mean(attention, state)
     if not isinstance(attention, (Softmax, L2, Sinkhorn)):
         raise NoClosedFormError(f"no closed form is known for {type(attention).__name__}: use integrate")
     concrete = is_concrete(attention, state, times)
+    attention = _with_number(attention)
     if flow.feed_forward is not None or flow.noise is not None:
         if not (isinstance(attention, Softmax) and attention.V.ndim == 0):
             raise NoClosedFormError("with feed_forward or noise, closed_form is known for softmax attention with a number as V: use integrate")
@@ -72,13 +78,48 @@ def closed_form(flow: GaussianFlow, state: Gaussian, times: Any) -> Gaussian:
             return (_l2_scalar if isinstance(attention, L2) else _sinkhorn_scalar)(attention, state, times)  # type: ignore[operator]
     if not concrete:
         raise NoClosedFormError("closed_form with a value matrix inverts a quadrature on the host and cannot be traced: use integrate")
-    if state.columns == 1:
+    diagonal = _is_diagonal(attention, state)
+    if state.columns == 1 and not (diagonal and bool((state.mean != 0).any())):
         return rank_one_state(attention, state, times)
+    if diagonal:
+        return _diagonal(attention, state, times)
     if attention.Q.shape[0] == 1:
         return rank_one_head(attention, state, times)
     raise NoClosedFormError(f"no closed form is known for {type(attention).__name__} with a {attention.dim} x {attention.dim} value matrix, "
                             f"{attention.Q.shape[0]} rows of queries and a state of {state.columns} columns (a number as V, one row of queries or a "
                             "rank-one state would have one): use integrate")
+
+
+def _with_number(attention: Any) -> Any:
+    """The head with a number as V if its matrix is a multiple of the identity, entry for entry."""
+    V = attention.V
+    if V.ndim == 0 or not is_concrete(V) or not bool((V[0, 0] * jnp.eye(attention.dim, dtype=V.dtype) == V).all()):
+        return attention
+    return eqx.tree_at(lambda head: head.V, attention, V[0, 0])
+
+
+def _is_diagonal(attention: Head, state: Gaussian) -> bool:
+    forms = [attention.value_matrix, attention.A, state.cov, *([attention.P] if isinstance(attention, L2) else [])]
+    return all(bool((form == jnp.diag(jnp.diagonal(form))).all()) for form in forms)
+
+
+def _diagonal(attention: Head, state: Gaussian, times: Float[Array, "t"]) -> Gaussian:
+    """Diagonal matrices decouple the coordinates: a head of dimension one for each."""
+    form, keys = jnp.diagonal(attention.A), jnp.diagonal(attention.P) if isinstance(attention, L2) else jnp.ones(attention.dim, state.mean.dtype)
+    keys = jnp.sqrt(keys)
+    queries = jnp.where(keys > 0, form / jnp.where(keys > 0, keys, 1.0), 0.0)
+    options = {"temperature": attention.temperature} if isinstance(attention, Sinkhorn) else {}
+
+    def coordinate(q: Array, k: Array, v: Array, mean: Array, variance: Array) -> tuple[Array, Array]:
+        head = type(attention)(q.reshape(1, 1), k.reshape(1, 1), v, **options)
+        found = closed_form(GaussianFlow(head), Gaussian._raw(mean[None], jnp.sqrt(variance).reshape(1, 1), None), times)
+        return found.mean[:, 0], found.factor[:, 0, 0]
+
+    values, variances = jnp.diagonal(attention.value_matrix), jnp.diagonal(state.cov)
+    if isinstance(attention, Softmax):
+        _below_blow_up(times, float(1 / jnp.maximum((2 * values * form * variances).max(), 0.0)))
+    means, roots = jax.vmap(coordinate, out_axes=-1)(queries, keys, values, state.mean, variances)
+    return Gaussian._raw(means, roots[..., None] * jnp.eye(attention.dim, dtype=roots.dtype), None)
 
 
 def flow_map(flow: GaussianFlow, state: Gaussian, times: Any, rtol: float = 1e-10) -> Array:

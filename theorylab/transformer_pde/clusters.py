@@ -59,7 +59,7 @@ def clusters(cloud: Cloud, radius: float, tile: int = 1024) -> Clusters:
         raise ArgumentError("clusters looks at numbers and cannot be called inside compiled code: use cluster_count there")
     roots = np.asarray(_roots(*_checked(cloud, radius, tile)))
     first, labels = np.unique(roots, return_inverse=True)
-    weights = np.full(cloud.count, 1 / cloud.count) if cloud.weights is None else np.asarray(cloud.weights)
+    weights = np.asarray(cloud.weights)
     masses = np.bincount(labels, weights)
     shares = weights / np.where(masses > 0, masses, 1)[labels]
     centers = np.stack([np.bincount(labels, shares * column) for column in np.asarray(cloud.points).T], 1)
@@ -109,7 +109,7 @@ def attention_rank(attention: Any, cloud: Cloud, tolerance: float = 1e-6, most: 
         raise ArgumentError(f"attention must be softmax or L2, whose weights form a stochastic matrix, got {type(attention).__name__}")
     checks.real("tolerance", tolerance, above=0.0, below=1.0)
     columns = min(checks.whole("most", most, low=1), cloud.count)
-    points, weights = cloud.points, cloud.weights
+    points, weights = cloud.points, cloud._weights
     keys = points @ attention.K.T
     queries = attention._logit_factor * attention.scale * (points @ attention.Q.T)
     bias = attention._key_bias(keys) if weights is None else attention._key_bias(keys) + jnp.log(weights)
@@ -150,9 +150,9 @@ def rescaled(attention: Any, cloud: Cloud, times: Any) -> Cloud:
     if t.shape != cloud.points.shape[:-2]:
         raise ShapeError(f"times must have shape {cloud.points.shape[:-2]} to match the leading axes of the cloud, got {t.shape}")
     if attention.V.ndim == 0:
-        return Cloud._raw(jnp.exp(-t * attention.V)[..., None, None] * cloud.points, cloud.weights)
+        return Cloud._raw(jnp.exp(-t * attention.V)[..., None, None] * cloud.points, cloud._weights)
     shrink = jax.scipy.linalg.expm(-t[..., None, None] * attention.V)
-    return Cloud._raw(cloud.points @ jnp.swapaxes(shrink, -1, -2), cloud.weights)
+    return Cloud._raw(cloud.points @ jnp.swapaxes(shrink, -1, -2), cloud._weights)
 
 
 def _checked(cloud: Any, radius: Any, tile: Any) -> tuple[Array, Any, int]:

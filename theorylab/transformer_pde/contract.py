@@ -148,6 +148,12 @@ def check_state(attention: Attention, state: Any, kind: type) -> None:
                          f"{state.points.shape if isinstance(state, Cloud) else state.mean.shape}; use jax.vmap over it")
 
 
+def check_single(lead: tuple[int, ...]) -> None:
+    """Raise if a state has leading axes; a flow moves one state at a time."""
+    if lead:
+        raise ShapeError(f"the state must have no leading axes here, got {lead}; integrate takes a batch with runs={lead[0]}")
+
+
 def is_concrete(*trees: Any) -> bool:
     """Whether values may be looked at: nothing is traced."""
     return not tree.is_traced(*trees)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from theorylab.core.module import Module, number
 from theorylab.core.problem import Event, Flow
 from theorylab.core.solution import Status
-from theorylab.errors import ArgumentError, ShapeError
-from theorylab.transformer_pde.attention import Attention
+from theorylab.errors import ArgumentError, NoClosedFormError, ShapeError
+from theorylab.transformer_pde.attention import Attention, is_concrete
+from theorylab.transformer_pde.contract import check_attention, check_single
 from theorylab.transformer_pde.flow import _ratio
 from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 
@@ -22,6 +23,10 @@ STEADY = 0.005
 """A trace grows at a constant rate if the rate changes by less than this fraction over an e-fold of the trace."""
 UNIT = 1e6
 """Of `Direction.trend`."""
+LASTING = 1.05
+"""A rate that falls like a power of the time up to this adds up to infinity: the exponent is measured to about 0.01."""
+CALM = 0.01
+"""A direction counts as nearly settled if it moves by less than this while the trace changes by a factor e."""
 BLURRED = 1e-3
 """Rounding may move the direction by this much in a unit of the clock; beyond that a run has lost its state."""
 
@@ -60,8 +65,11 @@ class Signs(NamedTuple):
         certain: it is certain to round-off.
         at_rest: what moves in an e-fold of the time is below 1e-8 of the trace, or has shrunk like $t^{-p}$ for eight decades of time.
         order: the exponent $p$ with which $\Sigma$ approaches its limit in the time, from its motion against `trend`; kept between 1/4 and 2.
+        falls: the exponents $q$ with which $\|\Sigma'\| / \operatorname{tr}\Sigma$ falls like $t^{-q}$, over the last unit of the clock and over
+            the one before. Shape `(2,)`.
         settled: $\Sigma / \operatorname{tr}\Sigma$ has converged while the trace goes on shrinking.
-        growing: the trace grows at a constant rate, and has come far: to where rounding or stiffness hide what drives it.
+        growing: the trace grows at a constant rate, or along a nearly settled direction at one that falls no faster than $1/t$, and has come far: to
+            where rounding or stiffness hide what drives it.
         unsettled: how far $R R^\top$ moves while the trace changes by a factor $e$ or so.
         blurred: rounding of $R$ changes the velocity by so much that the motion over one e-fold of the time is not known.
     """
@@ -70,6 +78,7 @@ class Signs(NamedTuple):
     certain: Array
     at_rest: Array
     order: Array
+    falls: Array
     settled: Array
     growing: Array
     unsettled: Array
@@ -108,6 +117,12 @@ class Desingularized(Flow):
     attention: Attention
     settle: Any = number(math.inf, above=0.0, finite=False)
 
+    def __init__(self, attention: Attention, settle: Any = math.inf):
+        check_attention(attention)
+        if not attention.keeps_gaussians:
+            raise ArgumentError(f"attention must map Gaussians to Gaussians, which {type(attention).__name__} does not: follow tokens with Particles")
+        self.attention, self.settle = attention, settle
+
     def lift(self, y0: Any) -> Direction:
         """The direction, trace and time of a Gaussian; a state that is a `Direction` already is kept, so that a run can go on."""
         if isinstance(y0, Direction):
@@ -116,6 +131,9 @@ class Desingularized(Flow):
             raise ArgumentError(f"the state of a Desingularized flow must be a Gaussian, got {type(y0).__name__}")
         if y0.dim != self.attention.dim:
             raise ShapeError(f"the state must have dimension {self.attention.dim} to match the attention, got {y0.dim}")
+        if self.attention.feels_mean and is_concrete(y0.mean) and bool((y0.mean != 0).any()):
+            raise NoClosedFormError("a Desingularized flow has no mean, which acts on the covariance under linear attention: use a state of zero "
+                                    "mean, or a GaussianFlow")
         factor = y0.factor
         trace = (factor * factor).sum((-1, -2))
         safe = jnp.where(trace > 0, trace, 1.0).astype(factor.dtype)                    # the zero covariance stays at R = 0
@@ -141,6 +159,7 @@ class Desingularized(Flow):
         return drift, growth, jnp.sqrt((drift * drift).sum() + (y.time + 1 / self.pace(y)) ** -2)
 
     def field(self, t: Array, y: Direction) -> Direction:
+        check_single(y.log_trace.shape)
         return self._field(y, *self.rates(y))
 
     def _field(self, y: Direction, drift: Array, growth: Array, speed: Array) -> Direction:
@@ -172,17 +191,20 @@ class Desingularized(Flow):
             steady = jnp.maximum(jnp.abs(bend), jnp.abs(bent)) * speed < 2 * STEADY * growth
         else:                                                # far beyond the size at which the velocity saturates, no acceleration says so
             steady = (slope > -0.1) & (slope < 5)
-        growing = self._is_far(y, growth) & (growth > 0.05 * speed) & steady & ~certain
+        falls = -jnp.stack([bend, bent]) * speed * y.time
+        least = 2 - LASTING if slope is not None else 1 - LASTING                 # exponential growth that is not stiff is followed for longer
+        lasting = (falls < LASTING).all() & (falls > least).all() & (unsettled < CALM)
+        growing = ((self._is_far(y, growth, 1e8) & steady) | (self._is_far(y, growth, 1e6) & lasting)) & (growth > 0.05 * speed) & ~certain
         spread = jnp.cos(jnp.arange(y.matrix.size, dtype=y.matrix.dtype)).reshape(y.matrix.shape)     # a direction that nothing singles out
         changed = jax.jvp(lambda r: self.rates(y.replace(matrix=r))[0], (y.matrix,), (spread / jnp.linalg.norm(spread),))[1]
         blurred = (jnp.finfo(drift.dtype).eps * jnp.linalg.norm(changed) > BLURRED * speed) & ~certain
         settled = (growth < 0) & (unsettled < _level(y, 1e-8))
-        return Signs(y.time + remaining, certain, (size < level) | long, order, settled, growing, unsettled, blurred)
+        return Signs(y.time + remaining, certain, (size < level) | long, order, falls, settled, growing, unsettled, blurred)
 
-    def _is_far(self, y: Direction, growth: Array) -> Array:
-        """Whether growth has come so far that rounding (large keys) or stiffness (a velocity far below its bound) will soon hide what drives it."""
+    def _is_far(self, y: Direction, growth: Array, limit: float) -> Array:
+        """Whether growth has come so far that rounding (keys above `limit`) or stiffness (a velocity far below its bound) hides what drives it."""
         size = self.attention.key_size(y.matrix)
-        large = y.log_trace + jnp.log(jnp.where(size > 0, size, 1.0)) * (size > 0).astype(size.dtype) > math.log(1e8)
+        large = y.log_trace + jnp.log(jnp.where(size > 0, size, 1.0)) * (size > 0).astype(size.dtype) > math.log(limit)
         return (large & (size > 0)) | (y.log_trace > 100) | ((growth < 1e-4 * self.pace(y)) if self.attention.degree == 2 else False)
 
     def metrics(self, t: Array, y: Direction) -> dict[str, Array]:

@@ -7,9 +7,10 @@ import math
 import jax
 
 from theorylab.core.keys import Key, as_key, stream
-from theorylab.errors import ArgumentError, UnknownNameError
+from theorylab.errors import UnknownNameError
 from theorylab.transformer_pde.attention import L2, Head, Linear, Softmax
 from theorylab.transformer_pde.entropic import Sinkhorn
+from theorylab.transformer_pde.gaussian import _whole
 from theorylab.transformer_pde.unnormalized import Exponential, Sigmoid
 
 KINDS: dict[str, type[Head]] = {"softmax": Softmax, "l2": L2, "linear": Linear, "sinkhorn": Sinkhorn, "sigmoid": Sigmoid, "exponential": Exponential}
@@ -19,7 +20,7 @@ def random_attention(kind: str, key: Key | int, dim: int, rank: int | None = Non
     """A head whose matrices have independent normal entries of variance `1 / dim`.
 
     Args:
-        kind: `"softmax"`, `"l2"`, `"linear"`, `"sinkhorn"` (of temperature 1), `"sigmoid"` (without bias) or `"exponential"`.
+        kind: `"softmax"`, `"l2"`, `"linear"`, `"sinkhorn"` (of temperature 1), `"sigmoid"` (without bias) or `"exponential"`, in any case.
         key: random key or seed.
         dim: dimension of a token.
         rank: rows of queries and keys; None means `dim`.
@@ -32,11 +33,11 @@ def random_attention(kind: str, key: Key | int, dim: int, rank: int | None = Non
         >>> random_attention("softmax", 0, dim=4, rank=2).Q.shape
         (2, 4)
     """
-    if kind not in KINDS:
+    name = kind.lower() if isinstance(kind, str) else kind
+    if name not in KINDS:
         raise UnknownNameError.of("attention", kind, KINDS)
     rows = dim if rank is None else rank
-    for name, value in (("dim", dim), ("rank", rows)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
-    draw = lambda name, m: jax.random.normal(stream(as_key(key), f"attention.{name}"), (m, dim)) / math.sqrt(dim)  # noqa: E731
-    return KINDS[kind](draw("Q", rows), draw("K", rows), draw("V", dim), scale)
+    _whole("dim", dim)
+    _whole("rank", rows)
+    draw = lambda letter, m: jax.random.normal(stream(as_key(key), f"attention.{letter}"), (m, dim)) / math.sqrt(dim)  # noqa: E731
+    return KINDS[name](draw("Q", rows), draw("K", rows), draw("V", dim), scale)

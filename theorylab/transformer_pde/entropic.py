@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from theorylab.core.module import number
 from theorylab.errors import ArgumentError
-from theorylab.transformer_pde.attention import Head, Velocity
+from theorylab.transformer_pde.attention import Head, Velocity, _scalar
 from theorylab.transformer_pde.kernels import sinkhorn_bias, tiled_average
 
 Array = jax.Array
@@ -48,7 +48,7 @@ class Sinkhorn(Head):
 
     def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0, temperature: Any = 1.0):
         super().__init__(Q, K, V, scale)
-        self.temperature = temperature
+        self.temperature = _scalar("temperature", temperature)
 
     def _form(self, factor: Float[Array, "d r"]) -> Float[Array, "r r"]:
         return (self.scale / self.temperature) * ((self.Q @ factor).T @ (self.K @ factor))

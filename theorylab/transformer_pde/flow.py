@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from theorylab.core.module import choice, square
 from theorylab.core.problem import Flow
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.transformer_pde.contract import Attention, check_attention, state_metrics
-from theorylab.transformer_pde.gaussian import Gaussian, _floating, _symmetric
+from theorylab.transformer_pde.combined import FeedForward
+from theorylab.transformer_pde.contract import Attention, check_attention, check_single, is_concrete, state_metrics
+from theorylab.transformer_pde.gaussian import Gaussian, _floating, _symmetric, check_semidefinite
 
 Array = jax.Array
 
@@ -26,13 +28,15 @@ class GaussianFlow(Flow):
 
     Args:
         attention: a variant that maps Gaussians to Gaussians; its weights may change with depth (`Layered`).
-        feed_forward: a pair `(W, b)` adding $W x + b$ to the velocity; `b` may be None.
+        feed_forward: a pair `(W, b)` adding $W x + b$ to the velocity, or a `FeedForward`; without `b`, the matrix $W$.
         noise: the diffusion matrix $D$ (or a number times the identity) of independent noise $\sqrt{2D}\,dB$, which adds $2D$ to $\Sigma'$.
         normalize: subtract $c(t)\,x$ with the $c$ that keeps $E|x|^2$ constant (mean-field normalization).
-        form: `"factor"`, or `"covariance"` to integrate $\Sigma$ itself. Noise raises the rank, so it needs `"covariance"`.
+        form: `"factor"`, or `"covariance"` to integrate $\Sigma$ itself. Noise raises the rank, so with it None means `"covariance"`, else
+            `"factor"`.
 
     Raises:
         ShapeError: `feed_forward` or `noise` does not match the dimension of the attention.
+        MatrixError: `noise` is not symmetric positive semidefinite.
         ArgumentError: `noise` with `form="factor"`, or an attention that does not keep Gaussians Gaussian.
 
     Example:
@@ -49,12 +53,13 @@ class GaussianFlow(Flow):
     normalize: bool = choice(False, among=(True, False))
     form: str = choice("factor", among=("factor", "covariance"))
 
-    def __init__(self, attention: Attention, feed_forward: Any = None, noise: Any = None, normalize: bool = False, form: str = "factor"):
+    def __init__(self, attention: Attention, feed_forward: Any = None, noise: Any = None, normalize: bool = False, form: str | None = None):
         check_attention(attention)
         if not attention.keeps_gaussians:
             raise ArgumentError(f"attention must map Gaussians to Gaussians, which {type(attention).__name__} does not: follow tokens with "
                                 "Particles, or the Gaussian approximation with ClosureFlow or PositionFlow")
-        self.attention, self.normalize, self.form = attention, normalize, form
+        self.attention, self.normalize = attention, normalize
+        self.form = form if form is not None else "factor" if noise is None else "covariance"
         self.feed_forward = None if feed_forward is None else _affine(feed_forward, attention.dim)
         self.noise = None if noise is None else _diffusion(noise, attention.dim)
         if noise is not None and form == "factor":
@@ -71,6 +76,7 @@ class GaussianFlow(Flow):
         return Gaussian._raw(y0.mean, y0.factor, None)
 
     def field(self, t: Array, y: Gaussian) -> Gaussian:
+        check_single(y.mean.shape[:-1])
         attention = self.attention.at(t)
         if y._factor is not None:
             mean, moved = attention.factor_velocity(y.mean, y._factor)
@@ -105,6 +111,10 @@ def _ratio(top: Array, bottom: Array) -> Array:
 
 
 def _affine(feed_forward: Any, dim: int) -> tuple[Array, Array]:
+    if isinstance(feed_forward, FeedForward):
+        feed_forward = feed_forward.W, feed_forward.b
+    if isinstance(feed_forward, (jax.Array, np.ndarray)):
+        feed_forward = feed_forward, None
     try:
         W, b = feed_forward
     except (TypeError, ValueError):
@@ -118,4 +128,7 @@ def _affine(feed_forward: Any, dim: int) -> tuple[Array, Array]:
 
 def _diffusion(noise: Any, dim: int) -> Array:
     D = _floating("noise", noise)
-    return D * jnp.eye(dim, dtype=D.dtype) if D.ndim == 0 else square("noise", D, dim)
+    D = D * jnp.eye(dim, dtype=D.dtype) if D.ndim == 0 else square("noise", D, dim)
+    if is_concrete(D):
+        check_semidefinite("noise", np.asarray(D))
+    return D

@@ -190,11 +190,11 @@ class Cloud(Module):
     """
 
     points: Array
-    weights: Array | None
+    _weights: Array | None
 
     def __init__(self, points: Any, weights: Any = None):
         points = _floating("points", points)
-        if points.ndim < 2 or points.shape[-2] < 1:
+        if points.ndim < 2 or 0 in points.shape[-2:]:
             raise ShapeError(f"points must have shape (count, dim) with at least one token, got shape {points.shape}")
         if weights is not None:
             weights = _floating("weights", weights)
@@ -205,15 +205,32 @@ class Cloud(Module):
                 if np.any(np.asarray(weights) < 0) or np.any(np.abs(total - 1) > 1e-6):
                     raise ArgumentError(f"weights must be non-negative and sum to one, got smallest {np.asarray(weights).min():g} "
                                         f"and sum {np.ravel(total)[0]:g}")
-        self.points, self.weights = points, weights
+        self.points, self._weights = points, weights
 
     @classmethod
     def _raw(cls, points: Any, weights: Any) -> Cloud:
         """No checks: for derivatives inside compiled code."""
         made = object.__new__(cls)
         object.__setattr__(made, "points", points)
-        object.__setattr__(made, "weights", weights)
+        object.__setattr__(made, "_weights", weights)
         return made
+
+    def replace(self, **changes: Any) -> Cloud:
+        """A copy with other `points` and/or `weights`, checked as in the constructor.
+
+        Example:
+            >>> Cloud(jnp.zeros((5, 2))).replace(points=jnp.ones((5, 2))).points[0].tolist()
+            [1.0, 1.0]
+        """
+        unknown = set(changes) - {"points", "weights"}
+        if unknown:
+            raise ArgumentError(f"replace takes points and weights, got {', '.join(sorted(unknown))}")
+        return type(self)(changes.get("points", self.points), changes.get("weights", self._weights))
+
+    @property
+    def weights(self) -> Array:
+        """The weights, shape `(..., count)`."""
+        return jnp.full(self.points.shape[:-1], 1 / self.count, self.points.dtype) if self._weights is None else self._weights
 
     @property
     def count(self) -> int:
@@ -226,15 +243,24 @@ class Cloud(Module):
         return self.points.shape[-1]
 
 
-def moments(cloud: Cloud) -> Gaussian:
+def moments(cloud: Cloud | Any) -> Gaussian:
     r"""The Gaussian with the mean and the covariance of `cloud`; the covariance has divisor one, as a measure has.
 
     $$ \alpha = \sum_j w_j x_j, \qquad \Sigma = \sum_j w_j (x_j - \alpha)(x_j - \alpha)^\top $$
+
+    Args:
+        cloud: a `Cloud`, or its points if all weights are equal.
+
+    Raises:
+        ArgumentError: `cloud` is neither.
 
     Example:
         >>> moments(Cloud(jnp.array([[1.0], [-1.0]]))).cov.tolist()
         [[1.0]]
     """
+    cloud = Cloud(cloud) if isinstance(cloud, (jax.Array, np.ndarray, list)) else cloud
+    if not isinstance(cloud, Cloud):
+        raise ArgumentError(f"cloud must be a Cloud or an array of tokens, got {type(cloud).__name__}")
     mean, cov = _moments(cloud)
     return Gaussian(mean, cov)
 
@@ -242,13 +268,13 @@ def moments(cloud: Cloud) -> Gaussian:
 def _moments(cloud: Cloud) -> tuple[Array, Array]:
     """Mean and covariance of a cloud, without the factor."""
     points = cloud.points
-    if cloud.weights is None:
+    if cloud._weights is None:
         mean = points.mean(-2)
         centered = points - mean[..., None, :]
         return mean, _symmetric(jnp.swapaxes(centered, -1, -2) @ centered / points.shape[-2])
-    mean = jnp.einsum("...n,...nd->...d", cloud.weights, points)
+    mean = jnp.einsum("...n,...nd->...d", cloud._weights, points)
     centered = points - mean[..., None, :]
-    return mean, _symmetric(jnp.swapaxes(centered, -1, -2) @ (cloud.weights[..., None] * centered))
+    return mean, _symmetric(jnp.swapaxes(centered, -1, -2) @ (cloud._weights[..., None] * centered))
 
 
 def effective_rank(state: Gaussian | Any, tolerance: float = 1e-9) -> Array:
@@ -306,25 +332,28 @@ def _initial_factor(cov: Any) -> Array:
         from theorylab.core.psd import sqrtm
 
         return jnp.vectorize(sqrtm, signature="(d,d)->(d,d)")(cov)
-    matrix = np.asarray(cov)
-    size = np.abs(matrix).max(initial=0.0, axis=(-1, -2), keepdims=True)
-    gap = np.abs(matrix - np.swapaxes(matrix, -1, -2))
-    if np.any(gap > SYMMETRY * size):
-        raise MatrixError(f"cov must be symmetric, got entries that differ from their mirror image by up to {gap.max():.2g}; "
-                          "use (cov + cov.T) / 2 if that is rounding")
-    matrix = (matrix + np.swapaxes(matrix, -1, -2)) / 2
-    values, vectors = np.linalg.eigh(matrix)
-    eps = np.finfo(matrix.dtype).eps
-    top = np.abs(values).max(-1, initial=0.0, keepdims=True)
-    low = values.min(initial=0.0)
-    if np.any(values < -max(INDEFINITE, 10 * eps) * top):
-        raise MatrixError(f"cov must be positive semidefinite, got the eigenvalue {low:.6g}")
+    matrix, values, vectors = check_semidefinite("cov", np.asarray(cov))
+    eps, top = np.finfo(matrix.dtype).eps, np.abs(values).max(-1, initial=0.0, keepdims=True)
     negligible = max(1e-14, 10 * matrix.shape[-1] * eps) * top
     if np.all(values > negligible):
         return jnp.asarray(np.linalg.cholesky(matrix))
     values = np.where(values > negligible, values, 0.0)
     columns = max(int((values > 0).sum(-1).max()), 1)                       # a zero covariance keeps one zero column
     return jnp.asarray((vectors * np.sqrt(values)[..., None, :])[..., ::-1][..., :columns].astype(matrix.dtype))
+
+
+def check_semidefinite(name: str, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The symmetric part of a matrix (or of several), its eigenvalues and eigenvectors; raises unless it is positive semidefinite."""
+    size = np.abs(matrix).max(initial=0.0, axis=(-1, -2), keepdims=True)
+    gap = np.abs(matrix - np.swapaxes(matrix, -1, -2))
+    if np.any(gap > SYMMETRY * size):
+        raise MatrixError(f"{name} must be symmetric, got entries that differ from their mirror image by up to {gap.max():.2g}; "
+                          f"use ({name} + {name}.T) / 2 if that is rounding")
+    matrix = (matrix + np.swapaxes(matrix, -1, -2)) / 2
+    values, vectors = np.linalg.eigh(matrix)
+    if np.any(values < -max(INDEFINITE, 10 * np.finfo(matrix.dtype).eps) * np.abs(values).max(-1, initial=0.0, keepdims=True)):
+        raise MatrixError(f"{name} must be positive semidefinite, got the eigenvalue {values.min():.6g}")
+    return matrix, values, vectors
 
 
 def _floating(name: str, value: Any) -> Array:

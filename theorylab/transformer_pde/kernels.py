@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Float
 
 from theorylab.transformer_pde.ring import largest, round_trip, shard, total
@@ -19,6 +20,8 @@ MEMORY = 5
 """Earlier steps that Anderson acceleration combines."""
 ROUND_OFF_UNITS = 20
 """Units of round-off, relative to the potentials, below which their change is not followed."""
+LANES = 8
+"""Numbers in a vector register, at most: the products of tiles run over so many columns at a time."""
 UNROLLED = 4
 """Matrices up to this size are factored by plain arithmetic: it batches over thousands of states, the calls of LAPACK do not."""
 
@@ -28,8 +31,9 @@ def tiled_average(queries: Float[Array, "m k"], keys: Float[Array, "n k"], bias:
     r"""Averages of `values` with weights $p_{ij} \propto e^{q_i \cdot k_j + b_j}$, and the effective sample sizes $1 / \sum_j p_{ij}^2$.
 
     Keys are visited in tiles while a running maximum keeps the exponentials in range (online softmax), queries too, so that the largest array has
-    `tile ** 2` entries whatever the number of tokens; derivatives recompute the tiles, so they keep that bound. With `causal`, query i sees the
-    keys j <= i only, and tiles of later keys are skipped. Tokens may be spread over devices, see `ring`.
+    `tile ** 2` entries whatever the number of tokens; derivatives recompute the tiles, so they keep that bound. Where norms show that no logit is
+    large, the maximum is left out. With `causal`, query i sees the keys j <= i only, and tiles of later keys are skipped. Tokens may be spread over
+    devices, see `ring`.
     """
     _, mass, square_mass, total = _exponential_sums(queries, keys, bias, values, tile, causal)
     return total / mass[:, None], mass**2 / square_mass
@@ -54,27 +58,55 @@ def tiled_sum(queries: Float[Array, "m k"], keys: Float[Array, "n k"], values: F
 
 
 def _exponential_sums(queries: Array, keys: Array, bias: Array, values: Array, tile: int, causal: bool) -> tuple[Array, Array, Array, Array]:
-    """The largest logit of every query and, relative to its exponential, the sums of weights, of their squares and of weighted values."""
+    """A shift of the logits of every query and, relative to its exponential, the sums of weights, of their squares and of weighted values."""
     faintest = math.log(jnp.finfo(queries.dtype).smallest_subnormal)
+    small = _are_small(queries, keys, bias, causal)
+    counted = values.shape[1] % LANES > 0                                         # a column of ones that fits a register saves the pass of a sum
+
+    def plain(logits: Array, top: Array) -> tuple[Array, Array, Array]:
+        return top, jnp.ones_like(top), jnp.exp(logits)
+
+    def shifted(logits: Array, top: Array) -> tuple[Array, Array, Array]:
+        highest = logits.max(1)
+        new_top = lax.stop_gradient(jnp.maximum(top, highest))                    # any shift gives the same quotient
+        safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)                     # a tile may hold tokens of weight zero only
+        return new_top, jnp.exp(top - safe), _exponential(logits - safe[:, None], (highest - safe).max() >= faintest)
 
     def visit(carry: tuple[Array, ...], block: Array, part: tuple[Array, ...], seen: Array | None) -> tuple[Array, ...]:
         top, mass, square_mass, total = carry
         logits = _with_column(block, jnp.ones_like(block[:, 0])) @ _with_column(part[0], part[1]).T       # adding the bias costs no pass
         if seen is not None:
             logits = jnp.where(seen, logits, -jnp.inf)
-        highest = logits.max(1)
-        new_top = lax.stop_gradient(jnp.maximum(top, highest))                    # any shift gives the same quotient
-        safe = jnp.where(jnp.isfinite(new_top), new_top, 0.0)                     # a tile may hold tokens of weight zero only
-        weight = _exponential(logits - safe[:, None], (highest - safe).max() >= faintest)
-        shrink = jnp.exp(top - safe)
-        return (new_top, mass * shrink + weight.sum(1), square_mass * shrink**2 + (weight * weight).sum(1),
-                total * shrink[:, None] + weight @ part[2])
+        top, shrink, weight = lax.cond(small, plain, shifted, logits, top)
+        moved = weight @ part[2]
+        return (top, mass * shrink + (moved[:, -1] if counted else weight.sum(1)), square_mass * shrink**2 + (weight * weight).sum(1),
+                total * shrink[:, None] + moved[:, :values.shape[1]])
 
     rows, dtype = queries.shape[0], queries.dtype
     zero = jnp.zeros(rows, dtype)
-    begin = (jnp.full(rows, -jnp.inf, dtype), zero, zero, jnp.zeros((rows, values.shape[1]), dtype))
+    begin = (jnp.where(small, zero, -jnp.inf).astype(dtype), zero, zero, jnp.zeros((rows, values.shape[1]), dtype))
     lowest = float(jnp.finfo(dtype).min) / 4                                      # an infinite bias would spoil derivatives: 0 times infinity
-    return fold_tiles(visit, begin, queries, (keys, jnp.maximum(bias, lowest), values), (0.0, lowest, 0.0), tile, causal)
+    columns = _with_column(values, jnp.ones_like(values, shape=values.shape[:1])) if counted else values
+    return fold_tiles(visit, begin, queries, (keys, jnp.maximum(bias, lowest), columns), (0.0, lowest, 0.0), tile, causal)
+
+
+def _are_small(queries: Array, keys: Array, bias: Array, causal: bool) -> Array:
+    """Whether norms show that exponentials of logits need no shift: none overflows, nor does the largest one of a query vanish, nor its square."""
+    queries, keys, bias = lax.stop_gradient((queries, keys, bias))
+    reach = largest(jnp.sqrt((queries * queries).sum(1).max())) * largest(jnp.sqrt((keys * keys).sum(1).max()))
+    least = largest(-bias.min()) if causal else -largest(bias.max())                # the first query of a mask sees one key, whatever its bias
+    return _for_all(reach + jnp.maximum(largest(bias.max()), least) < math.log(jnp.finfo(queries.dtype).max) / 3)
+
+
+@custom_vmap
+def _for_all(flag: Array) -> Array:
+    """A flag that the lanes of a batch share: a branch on a flag of each would run both branches."""
+    return flag
+
+
+@_for_all.def_vmap
+def _for_all_lanes(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    return (flag.all(0) if batched[0] else flag), False
 
 
 def _with_column(rows: Array, column: Array) -> Array:

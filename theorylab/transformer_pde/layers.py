@@ -65,8 +65,8 @@ class ResidualLayers(Method):
         h = self.step_size
         if isinstance(x, Cloud):
             attention = problem.at((layer.astype(x.points.dtype) + 0.5) * h)
-            moved = attention.token_velocity(x.points, x.weights)[0]
-            return Depth(Cloud._raw(x.points + h * moved, x.weights), layer + 1)
+            moved = attention.token_velocity(x.points, x._weights)[0]
+            return Depth(Cloud._raw(x.points + h * moved, x._weights), layer + 1)
         attention = problem.at((layer.astype(x.mean.dtype) + 0.5) * h)
         mean, moved = attention.factor_velocity(x.mean, x.factor)
         return Depth(Gaussian._raw(x.mean + h * mean, x.factor + h * moved, None), layer + 1)

@@ -78,7 +78,7 @@ def wasserstein(first: Cloud, second: Cloud, order: float = 2.0) -> float:
         raise ArgumentError(f"the clouds must have at most {MOST_PAIRS} pairs of tokens for an exact distance, got {first.count} x {second.count}")
     x, y = np.asarray(first.points, float), np.asarray(second.points, float)
     cost = ot.dist(x, y, "euclidean") ** order if order != 2 else ot.dist(x, y)
-    v, w = (np.full(c.count, 1 / c.count) if c.weights is None else np.asarray(c.weights, float) for c in (first, second))
+    v, w = (np.asarray(c.weights, float) for c in (first, second))
     paid: Any = ot.emd2(v / v.sum(), w / w.sum(), cost, numItermax=10**7)
     return float(max(paid, 0.0) ** (1 / order))
 
@@ -155,7 +155,7 @@ def velocity_error(attention: Attention, cloud: Cloud, queries: Array | None = N
     asked = cloud.points if queries is None else checks.array("queries", queries, (None, cloud.dim))
     found = []
     for part in (slice(0, None, 2), slice(1, None, 2)):
-        weights = None if cloud.weights is None else cloud.weights[part] / cloud.weights[part].sum()
+        weights = None if cloud._weights is None else cloud._weights[part] / cloud._weights[part].sum()
         found.append(attention.token_velocity(cloud.points[part], weights, asked, tile)[0])
     return jnp.linalg.norm(found[0] - found[1], axis=1) / 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from theorylab.transformer_pde.attention import Attention, Softmax, is_concrete
 from theorylab.transformer_pde.certificates import Known, certificate, never_blows_up, scalar_softmax
 from theorylab.transformer_pde.closed_forms import plain_attention, scalar_blow_up_time, without_mean
 from theorylab.transformer_pde.combined import FeedForward, Layered, MultiHead, parts
-from theorylab.transformer_pde.desingularized import Desingularized, Direction, last
+from theorylab.transformer_pde.desingularized import CALM, LASTING, Desingularized, Direction, last
 from theorylab.transformer_pde.flow import GaussianFlow
 from theorylab.transformer_pde.gaussian import Gaussian, _symmetric
 from theorylab.transformer_pde.riccati import attractor
@@ -107,9 +108,9 @@ def blow_up_time(flow: GaussianFlow, state: Gaussian) -> Array:
         0.5
     """
     attention, state, rests = _asked(flow, state, "blow_up_time")
-    if isinstance(attention, Softmax) and attention.V.ndim == 0 and rests is None:
-        return scalar_blow_up_time(attention, state.factor)
     lead, factors = _flat(state)
+    if isinstance(attention, Softmax) and attention.V.ndim == 0 and rests is None:
+        return scalar_blow_up_time(attention, factors).reshape(lead)
     if flow.noise is not None and rests is not None:
         return jnp.broadcast_to(jnp.where(rests.holds, jnp.inf, jnp.nan).astype(factors.dtype), lead)
     lanes, still, rests = lax.stop_gradient((_repeated(attention, factors), factors, rests))
@@ -235,8 +236,8 @@ def _asked(flow: GaussianFlow, state: Any, user: str) -> tuple[Any, Gaussian, _R
 
 def _flat(state: Gaussian) -> tuple[tuple[int, ...], Float[Array, "n d r"]]:
     """The leading axes of a state, and its factors along one axis, so that every batch shape shares the code."""
-    lead = state.factor.shape[:-2]
-    return lead, state.factor.reshape(-1, *state.factor.shape[-2:])
+    factor = state.factor if state.columns else jnp.zeros((*state.mean.shape, 1), state.mean.dtype)
+    return factor.shape[:-2], factor.reshape(-1, *factor.shape[-2:])
 
 
 def _attracted(rests: _Rests, factors: Float[Array, "n d r"]) -> Known:
@@ -286,7 +287,7 @@ def _answers(attentions: Attention, factors: Float[Array, "n d r"], known: Known
     """
     done = jnp.where(quick, never, known.holds)
     ends = _followed(attentions, jnp.where(done[:, None, None], 0.0, factors).astype(factors.dtype), settle)
-    found, times = jax.vmap(_read)(attentions, *ends)
+    found, times = jax.vmap(_read)(attentions, *ends, (factors * factors).sum((-1, -2)))
     exact = Limit(*known[1:])
     found = jax.tree.map(lambda a, b: jnp.where(known.holds.reshape(-1, *[1] * (a.ndim - 1)), a, b), exact, found)
     blows = (found.regime == Regime.BLOWUP) & ~never
@@ -354,14 +355,21 @@ def _times_of(attention: Attention, factors: Float[Array, "n d r"]) -> Array:
     return one(factors[0])[None] if factors.shape[0] == 1 else jax.vmap(one)(factors)
 
 
-def _read(attention: Attention, y: Direction, status: Array) -> tuple[Limit, Array]:
-    """Limit and rough blow-up time from the state at which a run ended."""
+def _read(attention: Attention, y: Direction, status: Array, began: Array) -> tuple[Limit, Array]:
+    """Limit and rough blow-up time from the state at which a run ended, and from the trace with which it began.
+
+    A run that was not decided, because rounding or fast turns cost it its steps, is read with less digits: what has lost eight of them, or goes on
+    falling along a nearly settled direction, vanishes, and what moves by less than 1 % in an e-fold of the time, less and less, rests.
+    """
     flow = Desingularized(attention)
-    drift, _, speed = flow.rates(y)
+    drift, growth, speed = flow.rates(y)
     signs, motion = flow.signs(y), 2 * _symmetric(drift @ y.matrix.T)
     ended, blows = status == Status.CONVERGED, (status == Status.BLOWUP) | signs.certain
-    grows, settled = ended & signs.growing, ended & signs.settled
-    rests = ended & ~grows & ~settled
+    falls = (signs.falls < LASTING).all() & (signs.unsettled < CALM) & (growth < 0)
+    faint = ~ended & (falls | (y.log_trace < jnp.log(began) + math.log(FAINT / 10)))
+    slows = ~ended & (signs.falls > LASTING).all() & (jnp.linalg.norm(motion) * y.time < CALM)
+    grows, settled = ended & signs.growing, (ended & signs.settled) | faint
+    rests = (ended & ~grows & ~settled) | (slows & ~settled)
     empty = (y.matrix == 0).all()
     turns = jnp.linalg.norm(drift) > 0.1 * speed                            # a rotation drives the clock, a frozen state leaves that to the time
     layer = any(isinstance(part, FeedForward) for part in parts(attention))
@@ -380,6 +388,6 @@ def _read(attention: Attention, y: Direction, status: Array) -> tuple[Limit, Arr
     cov = jnp.where(zero, 0.0, trace * direction).astype(direction.dtype)
     # a settling direction has about its present motion still to go; the tail of a frozen state is removed up to its square
     rest = jnp.where(blows | grows, signs.unsettled, jnp.linalg.norm(tail) + 10 * TOLERANCE)
-    error = jnp.where(zero, 0.0, trace * jnp.maximum(rest, 1e-10)).astype(direction.dtype)
+    error = jnp.where(zero, jnp.where(faint & ~falls, trace, 0.0), trace * jnp.maximum(rest, 1e-10)).astype(direction.dtype)
     error = jnp.where(kind == Regime.UNDECIDED, jnp.inf, error).astype(direction.dtype)
     return Limit(cov, jnp.where(zero, 0, rank).astype(jnp.int32), kind.astype(jnp.int32), error), signs.blow_up_time.astype(y.time.dtype)

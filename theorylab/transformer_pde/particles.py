@@ -14,7 +14,7 @@ from theorylab.core import tree
 from theorylab.core.module import choice, size
 from theorylab.core.problem import Flow
 from theorylab.errors import ArgumentError, ShapeError
-from theorylab.transformer_pde.contract import Attention, check_attention, cloud_metrics
+from theorylab.transformer_pde.contract import Attention, check_attention, check_single, cloud_metrics
 from theorylab.transformer_pde.flow import _affine
 from theorylab.transformer_pde.gaussian import Cloud
 from theorylab.transformer_pde.ring import AXIS
@@ -32,7 +32,7 @@ class Particles(Flow):
     Args:
         attention: any variant; its weights may change with depth (`Layered`).
         tile: tokens in a block.
-        feed_forward: a pair `(W, b)` adding $W x + b$ to the velocity; `b` may be None.
+        feed_forward: a pair `(W, b)` adding $W x + b$ to the velocity, or a `FeedForward`; without `b`, the matrix $W$.
         mesh: devices over which the tokens are spread, a `jax.sharding.Mesh` with an axis called `tokens`. Each device holds its share of them;
             keys and values travel round the ring of devices. The number of tokens must be a multiple of the number of devices: fill up with
             tokens of weight zero.
@@ -86,8 +86,7 @@ class Particles(Flow):
         """The velocity that attention gives to every token, and the effective sample size of its average."""
         attention = self.attention.at(t)
         if self.mesh is None:
-            return attention.token_velocity(y.points, y.weights, tile=self.tile)
-        weights = jnp.full(y.count, 1 / y.count, y.points.dtype) if y.weights is None else y.weights    # a shard alone cannot count the tokens
+            return attention.token_velocity(y.points, y._weights, tile=self.tile)
         arrays, rest = eqx.partition(attention, eqx.is_array)
         share = PartitionSpec(AXIS)
 
@@ -95,7 +94,7 @@ class Particles(Flow):
             return eqx.combine(arrays, rest).token_velocity(points, weights, tile=self.tile)
 
         spread = jax.shard_map(of_shard, mesh=self.mesh, in_specs=(PartitionSpec(), share, share), out_specs=share, check_vma=False)
-        return spread(arrays, y.points, weights)
+        return spread(arrays, y.points, y.weights)                                      # a shard alone cannot count the tokens
 
     def velocities(self, t: Any, y: Cloud) -> Array:
         """The velocity of every token: attention and feed-forward."""
@@ -106,6 +105,7 @@ class Particles(Flow):
         return moved + y.points @ W.T + b
 
     def field(self, t: Array, y: Cloud) -> Cloud:
+        check_single(y.points.shape[:-2])
         return eqx.tree_at(lambda c: c.points, jax.tree.map(jnp.zeros_like, y), self.velocities(t, y))
 
     def metrics(self, t: Array, y: Cloud) -> dict[str, Array]:

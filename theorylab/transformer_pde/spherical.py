@@ -38,13 +38,13 @@ class Spherical(Particles):
         norms = jnp.linalg.norm(cloud.points, axis=-1, keepdims=True)
         if not tree.is_traced(norms) and not np.all(np.asarray(norms) > 0):
             raise ArgumentError("the tokens must not be zero to be put on the sphere, got a zero token")
-        return Cloud._raw(cloud.points / norms, cloud.weights)
+        return Cloud._raw(cloud.points / norms, cloud._weights)
 
     def velocities(self, t: Any, y: Cloud) -> Array:
         """The velocity of every token, tangent to the sphere."""
         norms = jnp.linalg.norm(y.points, axis=-1, keepdims=True)
         unit = y.points / norms                                                  # a numerical step leaves the sphere by its error
-        moved = super().velocities(t, Cloud._raw(unit, y.weights))
+        moved = super().velocities(t, Cloud._raw(unit, y._weights))
         return norms * (moved - (unit * moved).sum(-1, keepdims=True) * unit)
 
 

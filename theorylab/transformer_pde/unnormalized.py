@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from theorylab.transformer_pde.attention import Head
+from theorylab.transformer_pde.attention import Head, _scalar
 from theorylab.transformer_pde.gaussian import _floating
 
 Array = jax.Array
@@ -58,7 +58,7 @@ class Sigmoid(_Unnormalized):
 
     def __init__(self, Q: Any, K: Any, V: Any, scale: Any = 1.0, bias: Any = 0.0):
         super().__init__(Q, K, V, scale)
-        self.bias = _floating("bias", bias)
+        self.bias = _scalar("bias", _floating("bias", bias))
 
     def _activate(self, logits: Array) -> Array:
         return jax.nn.sigmoid(logits + self.bias.astype(logits.dtype))

@@ -76,7 +76,7 @@ def _(check: Check, sizes: tuple[int, ...], replicates: int, steps: int, finish:
     of = lambda kind: np.array([[losses(atoms(v, 4, 3), truth, CELLS, kind) for v in row] for row in points])  # noqa: E731
     d1, d2 = of("exact"), of("over_specified")
     check.slope("slope of the median of D2", sizes, d2, expected=-0.55, tol=0.2, center="median")
-    inside = points[..., [10, 11]] - truth.experts[1, 0]                                      # intercepts of the two copies
+    inside = points[..., [11, 12]] - truth.experts[1, 0]                                      # intercepts of the two copies
     rms = np.sqrt((inside**2).mean(axis=(1, 2)))
     slow = np.polyfit(np.log(sizes), np.log(rms), 1)[0]
     check.between("slope of the deviations of b in the doubled cell", slow, -0.45, -0.1)
