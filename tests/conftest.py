@@ -66,7 +66,7 @@ _calls = itertools.count(1)
 
 
 def _drop_programs(most: int) -> None:
-    """Drop compiled programs when there are many: Linux gives a process 65530 memory maps, and every program takes some."""
+    """Drop compiled programs when there are many: they fill memory, and Linux gives a process no more than 65530 maps of it."""
     maps = Path("/proc/self/maps")
     if maps.is_file() and maps.read_bytes().count(b"\n") > most:
         jax.clear_caches()
@@ -75,14 +75,14 @@ def _drop_programs(most: int) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_are_few():
     yield
-    _drop_programs(20_000)
+    _drop_programs(8_000)
 
 
 @pytest.fixture(autouse=True)
 def _compiled_programs_are_few_in_a_long_file():
     yield
     if next(_calls) % 20 == 0:
-        _drop_programs(40_000)
+        _drop_programs(16_000)
 
 
 @pytest.fixture

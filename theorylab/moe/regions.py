@@ -80,7 +80,7 @@ def region_masses(mixture: Mixture, law: Any = (0.0, 1.0), *, samples: int = SAM
     if callable(law):
         points = np.asarray(law(stream(key, "law"), samples))
         return _tally(mixture, points, np.full(len(points), 1 / len(points)), len(points))
-    if np.ndim(law) == 2 and not isinstance(law, (tuple, list)):
+    if not isinstance(law, (tuple, list)) and np.ndim(law) == 2:
         law = (law, np.ones(len(law)))
     if not isinstance(law, (tuple, list)) or len(law) != 2:
         raise ArgumentError("law must be (low, high), (points, weights), an array of points or a function of (key, n)")
