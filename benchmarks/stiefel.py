@@ -215,14 +215,15 @@ def growth(rounds: int, columns: tuple[int, ...], rows: tuple[int, ...], p: int)
     return table
 
 
-CHILD = """
-import resource, sys
+CHILD = r"""
+import re, sys
+from pathlib import Path
 import numpy as np, jax
 import theorylab as tl
 from theorylab import stiefel
 n, rows, p = map(int, sys.argv[1:])
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024   # of this program alone; ru_maxrss counts the parent
 def run(n, rows, steps):
     rng = np.random.default_rng(0)
     batches = (tuple(rng.standard_normal((rows, n), dtype=np.float32) for _ in range(2)) for _ in range(steps))

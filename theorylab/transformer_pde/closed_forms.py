@@ -41,6 +41,7 @@ def closed_form(flow: GaussianFlow, state: Gaussian, times: Any) -> Gaussian:
 
     Linear attention at zero mean is softmax attention, and a matrix $V = vI$ counts as the number. The last three rows cannot be traced: they
     look at values, or invert a quadrature on the host. Inside compiled code a hypothesis on values that fails gives NaN in what depends on it.
+    With a number as V round-off grows like t: at t = 1e9 nine digits are left; `limit` has the end itself.
 
     Args:
         flow: a `GaussianFlow` without normalization.
