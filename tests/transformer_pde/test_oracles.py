@@ -196,15 +196,15 @@ def test_growth_and_decay_like_a_power_of_the_time_are_told(kind, numbers, name)
             left, values, right = np.linalg.svd((Q @ L).T @ (K @ L))
             return (V @ L @ (right.T * (2 * values / (1 + np.sqrt(1 + 4 * values**2)))) @ left.T).ravel()
 
-        sol = scipy.integrate.solve_ivp(field, (0, 1e5), np.eye(3).ravel(), "LSODA", rtol=1e-9, atol=1e-12, t_eval=[1e3, 1e5])
+        sol = scipy.integrate.solve_ivp(field, (0, 1e4), np.eye(3).ravel(), "LSODA", rtol=1e-9, atol=1e-12, t_eval=[1e3, 1e4])
         factors = sol.y.T.reshape(2, 3, 3)
         trace = (factors**2).sum((1, 2))
         assert tp.Regime(int(found.regime[i])).name == name
         if name == "GROWING":                                                           # along an isotropic line, like the square of the time
-            assert trace[1] / trace[0] == pytest.approx(1e4, rel=0.2)
+            assert trace[1] / trace[0] == pytest.approx(100, rel=0.2)
             np.testing.assert_allclose(found.cov[i], factors[1] @ factors[1].T / trace[1], atol=2e-3)
         else:                                                                           # like 1 / t, and turning
-            assert 20 < trace[0] / trace[1] < 500 and int(found.rank[i]) == 0
+            assert 5 < trace[0] / trace[1] < 20 and int(found.rank[i]) == 0
 
 
 @pytest.mark.slow
