@@ -112,7 +112,7 @@ def test_every_test_belongs_to_one_row_of_the_cpu_table(nodeid, row):
 
 
 def test_the_shares_add_up_to_the_budget_and_excess_is_found():
-    assert sum(budget.SHARES.values()) == 1440
+    assert sum(budget.SHARES.values()) == 1200
     share = budget.SHARES["moe"]
     assert budget.exceeded({"tests/moe/test_em.py::a": share, "tests/moe/test_em.py::b": 0.6 * share}) == ["moe"]
     assert not budget.exceeded({"tests/moe/test_em.py::a": 1.4 * share})
