@@ -39,11 +39,15 @@ help:  ## this list
 figures: $(VENV)/.figures  ## compute, draw and check every figure with the settings of the papers (minutes the first time, then cached)
 	@$(WITH_CACHE) $(BIN)/theorylab figures $(ARGS)
 
-# What tests cost is compiling many small programs once, so they are compiled without the passes that make large ones fast.
-QUICK_COMPILE := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# What tests cost is compiling many small programs once, so they are compiled without the passes that make large ones fast. The last flag
+# exists in some versions of XLA only, which end the process on a flag that they do not know.
+QUICK_COMPILE := --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0
+WITHOUT_FUSION := --xla_cpu_use_fusion_emitters=false
 
 test: $(VENV)/.test  ## every test, example, fast claim and small figure (some minutes on two cores)
-	@$(WITH_CACHE) $(ONE_THREAD) $(QUICK_COMPILE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
+	@flags="$(QUICK_COMPILE)"; \
+	if JAX_PLATFORMS=cpu XLA_FLAGS="$(WITHOUT_FUSION)" $(BIN)/python -c "import jax; jax.devices()" >/dev/null 2>&1; then flags="$$flags $(WITHOUT_FUSION)"; fi; \
+	$(WITH_CACHE) $(ONE_THREAD) XLA_FLAGS="$$XLA_FLAGS $$flags" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	@$(WITH_CACHE) $(BIN)/python docs/pages.py $(ARGS)
