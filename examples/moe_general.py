@@ -49,7 +49,7 @@ with paper_style():
     left.plot(grid, fit.value.mean(grid), color=COLORS["blue"])
     left.set(xlabel="x", ylabel="y", ylim=(-3, 4))
     for j, (color, probability) in enumerate(zip(("blue", "vermilion", "green"), np.asarray(found.mean(grid)).T, strict=True)):
-        right.plot(grid, probability, color=COLORS[color], label=f"class {j}")
+        right.plot(grid, probability, "-", color=COLORS[color], label=f"class {j}")
         right.plot(grid, np.asarray(classes.mean(grid))[:, j], color=COLORS[color], linestyle="--", linewidth=0.8)
     right.set(xlabel="x", ylabel="probability")
     right.legend()
