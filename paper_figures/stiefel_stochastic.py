@@ -55,9 +55,12 @@ class Epochs:
 def _halves(images: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """The left and the right halves of images with values from 0 to 1, mapped to [-1, 1] and centred."""
     width = images.shape[2] // 2
-    halves = (images[:, :, :width], images[:, :, width:])
-    flat = [((half.reshape(len(images), -1) - 0.5) / 0.5).astype(dtype) for half in halves]
-    return tuple(half - half.mean(0) for half in flat)  # type: ignore[return-value]
+
+    def centred(half: np.ndarray) -> np.ndarray:
+        flat = ((half.reshape(len(images), -1) - 0.5) / 0.5).astype(dtype)
+        return flat - flat.mean(0)
+
+    return centred(images[:, :, :width]), centred(images[:, :, width:])
 
 
 def _root(c: np.ndarray, exponent: float) -> np.ndarray:
