@@ -13,17 +13,18 @@ from jax.scipy.linalg import solve_triangular
 
 from theorylab.core import checks
 from theorylab.core.keys import Key
-from theorylab.core.module import Module, size
+from theorylab.core.module import size
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError, ShapeError
 from theorylab.moe import density
+from theorylab.moe.general.contract import Coefficients, Part
 from theorylab.moe.general.scoring import location, regression
 
 Array = jax.Array
 FLOOR = 1e-6                                        # least variance, relative to that of y
 
 
-class Experts(Module):
+class Experts(Part):
     """Conditional laws of y given x, one for each of k experts, with a step that fits them to weighted rows.
 
     A new kind is a subclass whose arrays have one row per expert. It defines `experts`, `dim`, `dtype`, `free` and the methods below; rows x have
@@ -35,21 +36,6 @@ class Experts(Module):
         >>> isinstance(experts, general.Experts), experts.mean(jnp.array([[3.0]])).tolist()
         (True, [[3.0, 1.0]])
     """
-
-    @property
-    def experts(self) -> int:
-        """Number of experts k."""
-        raise NotImplementedError(f"{type(self).__name__} must define experts")
-
-    @property
-    def dim(self) -> int:
-        """Number of inputs d."""
-        raise NotImplementedError(f"{type(self).__name__} must define dim")
-
-    @property
-    def dtype(self) -> Any:
-        """Precision of the parameters."""
-        raise NotImplementedError(f"{type(self).__name__} must define dtype")
 
     @property
     def free(self) -> int:
@@ -109,7 +95,7 @@ def mean_square(residual: Array, weights: Array, least: Array) -> Array:
     return jnp.maximum(jnp.sum(weights * residual**2, axis=0) / jnp.where(count > 0, count, jnp.ones_like(count)), least)
 
 
-class PolynomialExperts(Experts):
+class PolynomialExperts(Coefficients, Experts):
     r"""Polynomials with normal noise: $N(y;\, \sum_a c_{ja} z^a, \sigma_j)$ over all monomials of z up to a total degree.
 
     Monomials come by degree, then in the order $z_1^2, z_1 z_2, z_2^2$; those of degree 1 are (1, x), so that degree 1 is the expert of `Mixture`.
@@ -132,7 +118,6 @@ class PolynomialExperts(Experts):
         [[4.0, -1.0]]
     """
 
-    coef: Any
     variance: Any
     center: Any
     scale: Any
@@ -154,16 +139,8 @@ class PolynomialExperts(Experts):
         checks.same_dtype(coef=self.coef, variance=self.variance, center=self.center, scale=self.scale)
 
     @property
-    def experts(self) -> int:
-        return self.coef.shape[-2]
-
-    @property
     def dim(self) -> int:
         return self.center.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def free(self) -> int:
@@ -198,7 +175,7 @@ class PolynomialExperts(Experts):
                             center=center, scale=scale)
 
 
-class LinearExperts(Experts):
+class LinearExperts(Coefficients, Experts):
     r"""Linear functions with normal noise and several responses: $N(y;\, A_j x + b_j, \Sigma_j)$.
 
     Args:
@@ -217,7 +194,6 @@ class LinearExperts(Experts):
         [[[3.0, 7.0]]]
     """
 
-    coef: Any
     intercept: Any
     covariance: Any
 
@@ -234,17 +210,9 @@ class LinearExperts(Experts):
         return self.coef.shape[-3]
 
     @property
-    def dim(self) -> int:
-        return self.coef.shape[-1]
-
-    @property
     def outputs(self) -> int:
         """Number of responses m."""
         return self.coef.shape[-2]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def free(self) -> int:

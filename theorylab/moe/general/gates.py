@@ -10,10 +10,11 @@ import numpy as np
 
 from theorylab.core import checks
 from theorylab.core.keys import Key
-from theorylab.core.module import Module, choice
+from theorylab.core.module import choice
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError
 from theorylab.moe import density
+from theorylab.moe.general.contract import Coefficients, Part
 from theorylab.moe.model import SELECTIONS
 from theorylab.moe.moments import to_inputs
 
@@ -21,7 +22,7 @@ Array = jax.Array
 LARGEST_FACTOR = 2.0                                # logarithm by which one step may change a temperature
 
 
-class Gate(Module):
+class Gate(Part):
     """What ranks k experts at an input, and the logits whose softmax over the kept ones are their weights.
 
     A new gate is a subclass whose arrays have one row per expert. It defines `experts`, `dim`, `dtype`, `logits`, `coordinates`, `moved` and
@@ -33,21 +34,6 @@ class Gate(Module):
         >>> isinstance(gate, general.Gate), jnp.exp(gate.log_weights(jnp.array([[2.0]]), active=1)).tolist()
         (True, [[0.0, 0.0, 1.0]])
     """
-
-    @property
-    def experts(self) -> int:
-        """Number of experts k."""
-        raise NotImplementedError(f"{type(self).__name__} must define experts")
-
-    @property
-    def dim(self) -> int:
-        """Number of inputs d."""
-        raise NotImplementedError(f"{type(self).__name__} must define dim")
-
-    @property
-    def dtype(self) -> Any:
-        """Precision of the parameters."""
-        raise NotImplementedError(f"{type(self).__name__} must define dtype")
 
     @property
     def coordinates(self) -> int:
@@ -80,28 +66,40 @@ class Gate(Module):
         return jnp.where(mask, logits - density.log_sum(logits.T, mask.T)[:, None], -jnp.inf)
 
 
-class _LinearGate(Gate):
+class GateAround(Gate):
+    """A gate that changes how another one selects; its coordinates are those of the other."""
+
+    gate: Gate
+
+    @property
+    def experts(self) -> int:
+        return self.gate.experts
+
+    @property
+    def dim(self) -> int:
+        return self.gate.dim
+
+    @property
+    def dtype(self) -> Any:
+        return self.gate.dtype
+
+    @property
+    def coordinates(self) -> int:
+        return self.gate.coordinates
+
+    def moved(self, change: Array, center: Array, scale: Array) -> Self:
+        return self.replace(gate=self.gate.moved(change, center, scale))
+
+
+class _LinearGate(Coefficients, Gate):
     """Linear functions of the inputs."""
 
     intercept: Any
-    coef: Any
 
     def _set(self, intercept: Any, coef: Any) -> None:
         self.coef = checks.array("coef", coef, (None, None))
         self.intercept = checks.array("intercept", intercept, (self.coef.shape[0],))
         checks.same_dtype(intercept=self.intercept, coef=self.coef)
-
-    @property
-    def experts(self) -> int:
-        return self.coef.shape[-2]
-
-    @property
-    def dim(self) -> int:
-        return self.coef.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def coordinates(self) -> int:
@@ -180,7 +178,7 @@ class SigmoidGate(_LinearGate):
         return product(x, self.coef.T) + self.intercept
 
 
-class CosineGate(Gate):
+class CosineGate(Coefficients, Gate):
     r"""Cosines of the angles between the input and one direction per expert, over a temperature.
 
     The logits are $c_j^\top x / (\tau \|x\|)$ with unit vectors $c_j$: only the direction of the input matters. At x = 0 all are 0.
@@ -201,7 +199,6 @@ class CosineGate(Gate):
         [[2.0, 0.0]]
     """
 
-    coef: Any
     temperature: Any
     learn: bool = choice(among=(True, False))
 
@@ -213,18 +210,6 @@ class CosineGate(Gate):
         self.coef = coef / norm
         self.temperature = jnp.asarray(checks.real("temperature", temperature, above=0.0), coef.dtype)
         self.learn = learn
-
-    @property
-    def experts(self) -> int:
-        return self.coef.shape[-2]
-
-    @property
-    def dim(self) -> int:
-        return self.coef.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def coordinates(self) -> int:
@@ -244,7 +229,7 @@ class CosineGate(Gate):
                             if self.learn else self.temperature)
 
 
-class QuadraticGate(Gate):
+class QuadraticGate(_LinearGate):
     r"""Quadratic logits $\beta_{0j} + \beta_{1j}^\top x + \tfrac12 x^\top C_j x$: every expert may own a bounded region.
 
     Gaussian gates, $\pi_j \propto w_j N(x; m_j, S_j)$, are of this form: see `from_gaussians`. Adding one quadratic function to all logits changes
@@ -266,17 +251,14 @@ class QuadraticGate(Gate):
         [[True, False], [False, True]]
     """
 
-    intercept: Any
-    coef: Any
     curvature: Any
 
     def __init__(self, intercept: Any, coef: Any, curvature: Any):
-        self.coef = checks.array("coef", coef, (None, None))
+        self._set(intercept, coef)
         k, d = self.coef.shape
-        self.intercept = checks.array("intercept", intercept, (k,))
         checks.array("curvature", curvature, (k, d, d))
         self.curvature = checks.symmetric("curvature", curvature, d, batched=True)
-        checks.same_dtype(intercept=self.intercept, coef=self.coef, curvature=self.curvature)
+        checks.same_dtype(coef=self.coef, curvature=self.curvature)
 
     @classmethod
     def from_gaussians(cls, weight: Any, mean: Any, covariance: Any) -> Self:
@@ -297,18 +279,6 @@ class QuadraticGate(Gate):
         precision = (precision + precision.mT) / 2
         coef = product(precision, mean[:, :, None])[:, :, 0]
         return cls(jnp.log(weight) - (jnp.linalg.slogdet(covariance)[1] + jnp.sum(coef * mean, axis=1)) / 2, coef, -precision)
-
-    @property
-    def experts(self) -> int:
-        return self.coef.shape[-2]
-
-    @property
-    def dim(self) -> int:
-        return self.coef.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def coordinates(self) -> int:

@@ -16,14 +16,14 @@ from theorylab.core.keys import Key, as_key
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError
 from theorylab.moe import density
-from theorylab.moe.general.gates import Gate
+from theorylab.moe.general.gates import Gate, GateAround
 
 Array = jax.Array
 MOST_SETS = 256                                     # sets of kept experts that a noisy gate sums over
 REACH, SPACING = 8.0, 0.4                           # of the trapezoidal rule over the noise: exact to 1e-15 at k = 4, to 1e-10 at k = 8
 
 
-class NoisyGate(Gate):
+class NoisyGate(GateAround):
     r"""Noisy top K: experts are ranked by their scores plus independent normal noise, anew for every row.
 
     Given the noise the weights are those of `gate` on the kept set; the density of y averages over it. The average is taken exactly, by a sum
@@ -47,7 +47,6 @@ class NoisyGate(Gate):
         [[0.5, 0.5], [0.9214, 0.0786]]
     """
 
-    gate: Gate
     scale: Any
 
     def __init__(self, gate: Gate, scale: Any):
@@ -56,30 +55,11 @@ class NoisyGate(Gate):
         self.gate = gate
         self.scale = jnp.asarray(checks.real("scale", scale, above=0.0), gate.dtype)
 
-    @property
-    def experts(self) -> int:
-        return self.gate.experts
-
-    @property
-    def dim(self) -> int:
-        return self.gate.dim
-
-    @property
-    def dtype(self) -> Any:
-        return self.gate.dtype
-
-    @property
-    def coordinates(self) -> int:
-        return self.gate.coordinates
-
     def logits(self, x: Array) -> Array:
         return self.gate.logits(x)
 
     def scores(self, x: Array) -> Array:
         return self.gate.scores(x)
-
-    def moved(self, change: Array, center: Array, scale: Array) -> Self:
-        return self.replace(gate=self.gate.moved(change, center, scale))
 
     def fresh(self, key: Key) -> Self:
         return self.replace(gate=self.gate.fresh(key))

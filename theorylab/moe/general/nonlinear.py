@@ -13,6 +13,7 @@ from theorylab.core import checks
 from theorylab.core.keys import Key
 from theorylab.core.psd import product
 from theorylab.errors import ArgumentError
+from theorylab.moe.general.contract import Coefficients
 from theorylab.moe.general.experts import FLOOR, Experts, mean_square, normal_log_density, positive, spread
 from theorylab.moe.general.scoring import best, damped, fractions, location, scoring, standardized
 from theorylab.moe.moments import to_inputs
@@ -22,7 +23,7 @@ DAMPINGS = (1e-8, 1e-4, 1e-2, 1.0, 100.0)           # of the moves among which a
 SLOPE = 1.5                                         # deviation of the random slopes of a fresh network, in standardized inputs
 
 
-class LogisticExperts(Experts):
+class LogisticExperts(Coefficients, Experts):
     r"""Multinomial logits: y is a class 0..c-1 and $P_j(y \mid x) \propto \exp(a_{jy}^\top x + b_{jy})$.
 
     Args:
@@ -40,7 +41,6 @@ class LogisticExperts(Experts):
         [[[0.5, 0.5]]]
     """
 
-    coef: Any
     intercept: Any
 
     def __init__(self, coef: Any, intercept: Any):
@@ -59,14 +59,6 @@ class LogisticExperts(Experts):
     def classes(self) -> int:
         """Number of classes c."""
         return self.coef.shape[-2]
-
-    @property
-    def dim(self) -> int:
-        return self.coef.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def free(self) -> int:

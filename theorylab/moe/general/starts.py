@@ -15,7 +15,7 @@ from theorylab.errors import ArgumentError
 from theorylab.moe import density
 from theorylab.moe.general.em import advance, posterior
 from theorylab.moe.general.experts import FLOOR, Experts
-from theorylab.moe.general.gates import Gate
+from theorylab.moe.general.gates import Gate, GateAround
 from theorylab.moe.general.likelihood import GeneralLikelihood
 from theorylab.moe.general.mixture import GeneralMixture
 from theorylab.moe.general.noise import NoisyGate
@@ -30,31 +30,11 @@ FIRST, GATE_RIDGE = 5, 1e-4                         # fits of the experts and of
 OWN = 0.9                                           # share of a region's expert in its rows
 
 
-class Softened(Gate):
+class Softened(GateAround):
     """A gate that keeps each expert by degrees: by the sigmoid of its score above the threshold of the top K, over a temperature; 0 is hard."""
 
-    gate: Gate
     temperature: Array
     among: int = size()
-
-    @property
-    def experts(self) -> int:
-        return self.gate.experts
-
-    @property
-    def dim(self) -> int:
-        return self.gate.dim
-
-    @property
-    def dtype(self) -> Any:
-        return self.gate.dtype
-
-    @property
-    def coordinates(self) -> int:
-        return self.gate.coordinates
-
-    def moved(self, change: Array, center: Array, scale: Array) -> Softened:
-        return Softened(self.gate.moved(change, center, scale), self.temperature, self.among)
 
     def log_weights(self, x: Array, active: int) -> Array:
         if self.among == self.experts:

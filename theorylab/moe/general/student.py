@@ -13,6 +13,7 @@ from theorylab.core import checks
 from theorylab.core.keys import Key
 from theorylab.core.module import choice
 from theorylab.core.psd import product
+from theorylab.moe.general.contract import Coefficients
 from theorylab.moe.general.experts import FLOOR, Experts, positive, spread
 from theorylab.moe.general.scoring import location, regression
 
@@ -21,7 +22,7 @@ FREEDOM = (0.1, 1000.0)                             # degrees of freedom of a St
 HALVINGS = 35                                       # of the search for their logarithm: to 3e-10
 
 
-class StudentExperts(Experts):
+class StudentExperts(Coefficients, Experts):
     r"""Linear functions with Student noise, for data with outliers: $y = a_j^\top x + b_j + s_j T$ with T of $\nu_j$ degrees of freedom.
 
     Args:
@@ -42,7 +43,6 @@ class StudentExperts(Experts):
         [[0.31831]]
     """
 
-    coef: Any
     intercept: Any
     scale: Any
     df: Any
@@ -57,18 +57,6 @@ class StudentExperts(Experts):
         positive("df", self.df)
         checks.same_dtype(coef=self.coef, intercept=self.intercept, scale=self.scale, df=self.df)
         self.learn = learn
-
-    @property
-    def experts(self) -> int:
-        return self.coef.shape[-2]
-
-    @property
-    def dim(self) -> int:
-        return self.coef.shape[-1]
-
-    @property
-    def dtype(self) -> Any:
-        return self.coef.dtype
 
     @property
     def free(self) -> int:
